@@ -4,5 +4,7 @@
 //! the whole picture.
 
 pub mod cli;
+pub mod control;
 pub mod handoff;
+pub mod presence;
 pub mod store;

@@ -1,0 +1,487 @@
+//! Chooses a worker for every connection and hands it over.
+//!
+//! One task owns what is under way. A worker says how many unacknowledged connections it takes
+//! ([`Credit`]); the master keeps its own copy of each until it is acknowledged, and routes it
+//! anew when the worker dies or says nothing for [`SILENCE`].
+
+use std::collections::{BTreeMap, VecDeque};
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::sync::{Semaphore, mpsc, watch};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use super::affinity::Affinity;
+use crate::handoff::{self, Credit, MasterEnd, Offer, ToMaster, ToWorker, WorkerState};
+use crate::routing::{self, RoutingKey};
+
+/// A worker that has not acknowledged a connection for so long is passed over, and the
+/// connection goes elsewhere.
+const SILENCE: Duration = Duration::from_millis(500);
+
+/// Accepted connections on their way to the router. Few: a master that dies resets them.
+const ACCEPTED_QUEUE: usize = 4;
+
+/// Frames from workers on their way to the router.
+const FRAME_QUEUE: usize = 256;
+
+/// Refusals being written at once; more are closed without an answer.
+const REFUSALS: usize = 64;
+
+/// An accepted connection.
+#[derive(Debug)]
+pub struct Accepted {
+    /// The socket.
+    pub stream: OwnedFd,
+    /// Where the connection comes from.
+    pub peer: SocketAddr,
+    /// The client's address.
+    pub client: IpAddr,
+    /// What it is routed by.
+    pub key: RoutingKey,
+    /// When it was accepted.
+    pub since: Instant,
+}
+
+/// What the hand-off streams tell the router.
+#[derive(Debug)]
+enum FromLink {
+    Joined { link: u64, worker: u32, end: Arc<MasterEnd> },
+    Frame { link: u64, frame: ToMaster },
+    Gone { link: u64 },
+}
+
+/// The way to the router.
+#[derive(Debug, Clone)]
+pub struct RouterHandle {
+    accepted: mpsc::Sender<Accepted>,
+    links: mpsc::Sender<FromLink>,
+}
+
+/// A place in the router's queue.
+#[derive(Debug)]
+pub struct Place<'a>(mpsc::Permit<'a, Accepted>);
+
+impl Place<'_> {
+    /// Routes a connection.
+    pub fn send(self, accepted: Accepted) {
+        self.0.send(accepted);
+    }
+}
+
+impl RouterHandle {
+    /// Waits until the router can take a connection; `None` once it has stopped.
+    pub async fn reserve(&self) -> Option<Place<'_>> {
+        self.accepted.reserve().await.ok().map(Place)
+    }
+}
+
+/// Starts the router. The gate is open while it wants connections to be accepted.
+pub fn spawn(
+    tasks: &TaskTracker,
+    affinity: Arc<Affinity>,
+    stop: CancellationToken,
+) -> (RouterHandle, watch::Receiver<bool>) {
+    let (accepted, accepted_rx) = mpsc::channel(ACCEPTED_QUEUE);
+    let (links, links_rx) = mpsc::channel(FRAME_QUEUE);
+    let (gate, gate_rx) = watch::channel(false);
+    let router = Router {
+        affinity,
+        gate,
+        slots: BTreeMap::new(),
+        waiting: VecDeque::new(),
+        next_seq: 1,
+        refusals: Arc::new(Semaphore::new(REFUSALS)),
+    };
+    tasks.spawn(async move {
+        let _ = stop.run_until_cancelled(router.run(accepted_rx, links_rx)).await;
+    });
+    (RouterHandle { accepted, links }, gate_rx)
+}
+
+/// Accepts the workers' hand-off connections.
+pub async fn serve_workers(
+    listener: handoff::Listener,
+    router: RouterHandle,
+    stop: CancellationToken,
+) {
+    let streams = TaskTracker::new();
+    let accepting = async {
+        for link in 0.. {
+            match listener.accept().await {
+                Ok(end) => {
+                    let links = router.links.clone();
+                    let stop = stop.clone();
+                    streams.spawn(async move {
+                        let _ = stop.run_until_cancelled(serve_worker(link, end, links)).await;
+                    });
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "accepting a hand-off connection failed");
+                    tokio::time::sleep(Duration::from_millis(50)).await;
+                }
+            }
+        }
+    };
+    let _ = stop.run_until_cancelled(accepting).await;
+    streams.close();
+    streams.wait().await;
+}
+
+/// Reads one worker's frames.
+async fn serve_worker(link: u64, end: MasterEnd, links: mpsc::Sender<FromLink>) {
+    let end = Arc::new(end);
+    loop {
+        let input = match end.recv().await {
+            Ok(Some(ToMaster::Hello { protocol, worker, .. })) => {
+                if protocol != crate::control::PROTOCOL {
+                    tracing::warn!(worker, protocol, "a worker of another version: no hand-off");
+                    break;
+                }
+                FromLink::Joined { link, worker, end: end.clone() }
+            }
+            Ok(Some(frame)) => FromLink::Frame { link, frame },
+            Ok(None) => break,
+            Err(error) => {
+                tracing::warn!(%error, "a hand-off connection failed");
+                break;
+            }
+        };
+        if links.send(input).await.is_err() {
+            return;
+        }
+    }
+    // The router may have stopped first; then nobody needs to know.
+    let _ = links.send(FromLink::Gone { link }).await;
+}
+
+/// A worker as the router sees it.
+#[derive(Debug)]
+struct Slot {
+    link: u64,
+    end: Arc<MasterEnd>,
+    credit: Credit,
+    /// Sent and not acknowledged, by sequence number.
+    unacknowledged: BTreeMap<u64, (Instant, Accepted)>,
+    /// Let an offer go unanswered for [`SILENCE`], and has not been heard since.
+    silent: bool,
+}
+
+/// What the choice needs to know of a worker.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Standing {
+    worker: u32,
+    state: WorkerState,
+    /// Connections that it takes from anybody.
+    window: u32,
+    /// Connections that it takes from addresses with living sessions on it.
+    reserve: u32,
+    /// Not to be given anything now.
+    passed_over: bool,
+}
+
+/// Where a connection goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Choice {
+    Worker(u32),
+    /// Somebody will be able to take it.
+    Wait,
+    /// Everybody is full.
+    Refuse,
+}
+
+/// Chooses a worker for an address. `home` is the one that has the address' living sessions.
+fn choose(key: &RoutingKey, home: Option<u32>, standings: &[Standing]) -> Choice {
+    let home = home.and_then(|home| standings.iter().find(|s| s.worker == home));
+    if let Some(home) = home
+        && matches!(home.state, WorkerState::Serving | WorkerState::Full)
+        && !home.passed_over
+    {
+        return if home.window + home.reserve > 0 {
+            Choice::Worker(home.worker)
+        } else {
+            Choice::Wait
+        };
+    }
+    let ready = |worker: u32| {
+        standings.iter().any(|s| {
+            s.worker == worker
+                && s.state == WorkerState::Serving
+                && s.window > 0
+                && !s.passed_over
+        })
+    };
+    let ranked = routing::ranked(key, standings.iter().map(|s| s.worker));
+    if let Some(worker) = ranked.into_iter().find(|worker| ready(*worker)) {
+        return Choice::Worker(worker);
+    }
+    if !standings.is_empty() && standings.iter().all(|s| s.state == WorkerState::Full) {
+        Choice::Refuse
+    } else {
+        Choice::Wait
+    }
+}
+
+struct Router {
+    affinity: Arc<Affinity>,
+    gate: watch::Sender<bool>,
+    slots: BTreeMap<u32, Slot>,
+    /// Accepted, and nobody could take them yet.
+    waiting: VecDeque<Accepted>,
+    next_seq: u64,
+    refusals: Arc<Semaphore>,
+}
+
+impl Router {
+    async fn run(
+        mut self,
+        mut accepted: mpsc::Receiver<Accepted>,
+        mut links: mpsc::Receiver<FromLink>,
+    ) {
+        let mut tick = tokio::time::interval(SILENCE / 10);
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                // Acknowledgements first: they make room.
+                biased;
+                Some(input) = links.recv() => self.heard(input),
+                Some(connection) = accepted.recv() => self.waiting.push_back(connection),
+                _ = tick.tick() => self.take_back_unanswered(),
+                else => return,
+            }
+            self.route_waiting();
+            self.set_gate();
+        }
+    }
+
+    fn heard(&mut self, input: FromLink) {
+        match input {
+            FromLink::Joined { link, worker, end } => {
+                let credit = Credit { window: 0, reserve: 0, state: WorkerState::Starting };
+                let slot =
+                    Slot { link, end, credit, unacknowledged: BTreeMap::new(), silent: false };
+                if let Some(old) = self.slots.insert(worker, slot) {
+                    self.take_back(old);
+                }
+            }
+            FromLink::Gone { link } => {
+                let worker = self.slots.iter().find(|(_, s)| s.link == link).map(|(w, _)| *w);
+                if let Some(old) = worker.and_then(|worker| self.slots.remove(&worker)) {
+                    self.take_back(old);
+                }
+            }
+            FromLink::Frame { link, frame } => {
+                let Some(slot) = self.slots.values_mut().find(|slot| slot.link == link) else {
+                    return;
+                };
+                slot.silent = false;
+                match frame {
+                    // Ours is only a copy: dropping it leaves the worker's open.
+                    ToMaster::Ack { seq } => drop(slot.unacknowledged.remove(&seq)),
+                    ToMaster::Refuse { seq } => {
+                        if let Some((_, connection)) = slot.unacknowledged.remove(&seq) {
+                            self.waiting.push_front(connection);
+                        }
+                    }
+                    ToMaster::Credit(credit) => slot.credit = credit,
+                    ToMaster::Hello { .. } => {}
+                }
+            }
+        }
+    }
+
+    /// Routes anew what a worker that is gone had not acknowledged.
+    fn take_back(&mut self, slot: Slot) {
+        for (_, connection) in slot.unacknowledged.into_values().rev() {
+            self.waiting.push_front(connection);
+        }
+    }
+
+    fn take_back_unanswered(&mut self) {
+        let now = Instant::now();
+        let mut overdue = Vec::new();
+        for (worker, slot) in &mut self.slots {
+            let oldest = slot.unacknowledged.values().next().map(|(sent, _)| *sent);
+            if oldest.is_some_and(|sent| now.duration_since(sent) >= SILENCE) {
+                tracing::warn!(
+                    worker,
+                    connections = slot.unacknowledged.len(),
+                    "the worker does not take connections: routing them anew"
+                );
+                slot.silent = true;
+                overdue.extend(std::mem::take(&mut slot.unacknowledged).into_values());
+            }
+        }
+        for (_, connection) in overdue.into_iter().rev() {
+            self.waiting.push_front(connection);
+        }
+    }
+
+    fn route_waiting(&mut self) {
+        let mut unplaced = VecDeque::new();
+        while let Some(connection) = self.waiting.pop_front() {
+            let home = self.affinity.of(&connection.key.to_string());
+            match choose(&connection.key, home, &self.standings()) {
+                Choice::Worker(worker) => {
+                    if let Some(connection) = self.hand_over(worker, connection) {
+                        unplaced.push_back(connection);
+                    }
+                }
+                Choice::Wait => unplaced.push_back(connection),
+                Choice::Refuse => self.refuse(connection),
+            }
+        }
+        self.waiting = unplaced;
+    }
+
+    fn standings(&self) -> Vec<Standing> {
+        self.slots
+            .iter()
+            .map(|(worker, slot)| {
+                let outstanding = u32::try_from(slot.unacknowledged.len()).unwrap_or(u32::MAX);
+                Standing {
+                    worker: *worker,
+                    state: slot.credit.state,
+                    window: slot.credit.window.saturating_sub(outstanding),
+                    reserve: (slot.credit.window + slot.credit.reserve)
+                        .saturating_sub(outstanding)
+                        .min(slot.credit.reserve),
+                    passed_over: slot.silent || self.affinity.is_suspended(*worker),
+                }
+            })
+            .collect()
+    }
+
+    /// Sends a connection to a worker; returns it if that cannot be done.
+    fn hand_over(&mut self, worker: u32, connection: Accepted) -> Option<Accepted> {
+        let Some(slot) = self.slots.get_mut(&worker) else { return Some(connection) };
+        let seq = self.next_seq;
+        self.next_seq += 1;
+        let offer = Offer {
+            seq,
+            peer: connection.peer,
+            client: connection.client,
+            at: handoff::monotonic_millis(),
+        };
+        match slot.end.try_send(&ToWorker::Offer(offer), connection.stream.as_fd()) {
+            Ok(()) => {
+                slot.unacknowledged.insert(seq, (Instant::now(), connection));
+                None
+            }
+            Err(error) => {
+                // Its end will be noticed by the reader; until then it gets nothing.
+                tracing::debug!(worker, %error, "hand-off failed");
+                slot.silent = true;
+                Some(connection)
+            }
+        }
+    }
+
+    fn set_gate(&self) {
+        let open = self.waiting.is_empty() && {
+            let standings = self.standings();
+            standings.iter().any(|s| {
+                s.state == WorkerState::Serving && s.window > 0 && !s.passed_over
+            }) || (!standings.is_empty()
+                && standings.iter().all(|s| s.state == WorkerState::Full))
+        };
+        self.gate.send_if_modified(|gate| std::mem::replace(gate, open) != open);
+    }
+
+    fn refuse(&self, connection: Accepted) {
+        let Ok(permit) = self.refusals.clone().try_acquire_owned() else { return };
+        tokio::spawn(async move {
+            let _permit = permit;
+            let client = connection.client;
+            if let Err(error) = answer_full(connection.stream).await {
+                tracing::debug!(%client, %error, "a refused client did not wait for the answer");
+            }
+        });
+    }
+}
+
+/// Tells a client that every worker is full.
+async fn answer_full(stream: OwnedFd) -> std::io::Result<()> {
+    const BODY: &str = r#"{"error":"The server is full, try again in a few seconds"}"#;
+    let answer = format!(
+        "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\
+         Access-Control-Allow-Origin: *\r\nRetry-After: 5\r\nConnection: close\r\n\r\n{BODY}",
+        BODY.len()
+    );
+    let mut stream = tokio::net::TcpStream::from_std(stream.into())?;
+    let talk = async {
+        stream.write_all(answer.as_bytes()).await?;
+        stream.shutdown().await?;
+        // What the client has sent must be read, or closing resets the connection under the
+        // answer.
+        let mut rest = [0; 4096];
+        while stream.read(&mut rest).await? > 0 {}
+        Ok(())
+    };
+    tokio::time::timeout(Duration::from_secs(2), talk)
+        .await
+        .unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn key(n: u8) -> RoutingKey {
+        RoutingKey::of(IpAddr::from([10, 0, 0, n]))
+    }
+
+    fn standing(worker: u32, state: WorkerState, window: u32) -> Standing {
+        Standing { worker, state, window, reserve: 0, passed_over: false }
+    }
+
+    use WorkerState::{Draining, Full, Serving, Starting};
+
+    #[test]
+    fn without_sessions_the_hash_decides_among_workers_with_credit() {
+        let all = [standing(0, Serving, 1), standing(1, Serving, 1), standing(2, Serving, 1)];
+        let Choice::Worker(first) = choose(&key(1), None, &all) else { panic!("no worker") };
+        let without = all.map(|s| Standing { window: u32::from(s.worker != first), ..s });
+        let Choice::Worker(second) = choose(&key(1), None, &without) else { panic!("no worker") };
+        assert_ne!(first, second);
+    }
+
+    #[test]
+    fn an_address_with_living_sessions_stays_with_its_worker_even_when_that_is_full() {
+        for home in 0..3 {
+            let all = [0, 1, 2].map(|worker| {
+                let state = if worker == home { Full } else { Serving };
+                Standing { reserve: 1, ..standing(worker, state, u32::from(state == Serving)) }
+            });
+            assert_eq!(choose(&key(1), Some(home), &all), Choice::Worker(home));
+        }
+    }
+
+    #[test]
+    fn it_waits_for_its_worker_to_acknowledge_others() {
+        let all = [standing(0, Serving, 0), standing(1, Serving, 5)];
+        assert_eq!(choose(&key(1), Some(0), &all), Choice::Wait);
+    }
+
+    #[test]
+    fn a_worker_that_drains_or_is_silent_keeps_nobody() {
+        let draining = [standing(0, Draining, 0), standing(1, Serving, 5)];
+        assert_eq!(choose(&key(1), Some(0), &draining), Choice::Worker(1));
+        let silent =
+            [Standing { passed_over: true, ..standing(0, Serving, 5) }, standing(1, Serving, 5)];
+        assert_eq!(choose(&key(1), Some(0), &silent), Choice::Worker(1));
+    }
+
+    #[test]
+    fn only_when_all_are_full_a_client_is_refused() {
+        let full = [standing(0, Full, 0), standing(1, Full, 0)];
+        assert_eq!(choose(&key(1), None, &full), Choice::Refuse);
+        let starting = [standing(0, Full, 0), standing(1, Starting, 0)];
+        assert_eq!(choose(&key(1), None, &starting), Choice::Wait);
+        assert_eq!(choose(&key(1), None, &[]), Choice::Wait);
+    }
+}
