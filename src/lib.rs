@@ -5,4 +5,6 @@
 
 pub mod cli;
 pub mod handoff;
+pub mod limits;
+pub mod routing;
 pub mod store;
