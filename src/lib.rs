@@ -8,3 +8,4 @@ pub mod handoff;
 pub mod limits;
 pub mod routing;
 pub mod store;
+pub mod worker;
