@@ -4,7 +4,13 @@
 //! the whole picture.
 
 pub mod cli;
+pub mod config;
 pub mod control;
 pub mod handoff;
+pub mod limits;
+pub mod master;
 pub mod presence;
+pub mod routing;
 pub mod store;
+pub mod systemd;
+pub mod worker;

@@ -1,0 +1,3 @@
+//! The Socket.IO side of a worker.
+
+pub mod eio3;
