@@ -6,3 +6,19 @@
 pub mod cli;
 pub mod handoff;
 pub mod store;
+pub mod systemd;
+
+/// Something that the operator has to mend: restarting does not help.
+///
+/// `main` exits with 78 (`EX_CONFIG` of sysexits.h) where one is in an error's chain, and `banter
+/// serve` does not start such a process again.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct ConfigError(String);
+
+impl ConfigError {
+    /// The error with its text for the operator, in one line: what is wrong and what to do.
+    pub fn new(text: impl std::fmt::Display) -> Self {
+        Self(text.to_string())
+    }
+}
