@@ -12,7 +12,13 @@ pub struct Cli {
     #[command(subcommand)]
     pub command: Command,
     /// Log filter: a level (error, warn, info, debug, trace) or RUST_LOG directives.
-    #[arg(long, global = true, env = "RUST_LOG", default_value = "info", value_name = "FILTER")]
+    #[arg(
+        long,
+        global = true,
+        env = "RUST_LOG",
+        default_value = "info",
+        value_name = "FILTER"
+    )]
     pub log: String,
 }
 
@@ -54,7 +60,12 @@ pub struct RuntimeArgs {
 #[derive(Debug, Clone, Args)]
 pub struct SecretArgs {
     /// The secret that signs tokens, at least 32 bytes. Better kept in a file.
-    #[arg(long, env = "JWT_SECRET", hide_env_values = true, value_name = "SECRET")]
+    #[arg(
+        long,
+        env = "JWT_SECRET",
+        hide_env_values = true,
+        value_name = "SECRET"
+    )]
     pub jwt_secret: Option<String>,
     /// A file that holds the secret.
     #[arg(long, env = "BANTER_JWT_SECRET_FILE", value_name = "FILE")]
@@ -71,16 +82,36 @@ pub struct LimitArgs {
     #[arg(long, env = "BANTER_POST_RATE", default_value_t = 20, value_name = "N")]
     pub post_rate: u32,
     /// Connections per worker. 0: what the limit on open files allows.
-    #[arg(long, env = "BANTER_MAX_CONNECTIONS", default_value_t = 0, value_name = "N")]
+    #[arg(
+        long,
+        env = "BANTER_MAX_CONNECTIONS",
+        default_value_t = 0,
+        value_name = "N"
+    )]
     pub max_connections: u32,
     /// Connections per client address. 0: no limit.
-    #[arg(long, env = "BANTER_MAX_PER_ADDRESS", default_value_t = 0, value_name = "N")]
+    #[arg(
+        long,
+        env = "BANTER_MAX_PER_ADDRESS",
+        default_value_t = 0,
+        value_name = "N"
+    )]
     pub max_per_address: u32,
     /// Bytes of UTF-8 in a message. 0: no limit but the transport's (1 MB).
-    #[arg(long, env = "BANTER_MAX_MESSAGE", default_value_t = 16_384, value_name = "BYTES")]
+    #[arg(
+        long,
+        env = "BANTER_MAX_MESSAGE",
+        default_value_t = 16_384,
+        value_name = "BYTES"
+    )]
     pub max_message: u32,
     /// Seconds that a lost session keeps its name and channels. 0: it ends at once.
-    #[arg(long, env = "BANTER_GRACE", default_value_t = 10, value_name = "SECONDS")]
+    #[arg(
+        long,
+        env = "BANTER_GRACE",
+        default_value_t = 10,
+        value_name = "SECONDS"
+    )]
     pub grace: u32,
     /// Seconds between heartbeats.
     #[arg(long, env = "BANTER_PING_INTERVAL", default_value_t = 15, value_name = "SECONDS",

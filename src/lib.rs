@@ -4,13 +4,31 @@
 //! the whole picture.
 
 pub mod cli;
-pub mod config;
 pub mod control;
 pub mod handoff;
+pub mod health;
 pub mod limits;
 pub mod master;
 pub mod presence;
 pub mod routing;
+pub mod secret;
+pub mod serve;
 pub mod store;
 pub mod systemd;
+pub mod telemetry;
 pub mod worker;
+
+/// Something that the operator has to mend: restarting does not help.
+///
+/// `main` exits with 78 (`EX_CONFIG` of sysexits.h) where one is in an error's chain, and `banter
+/// serve` does not start such a process again.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct ConfigError(String);
+
+impl ConfigError {
+    /// The error with its text for the operator, in one line: what is wrong and what to do.
+    pub fn new(text: impl std::fmt::Display) -> Self {
+        Self(text.to_string())
+    }
+}

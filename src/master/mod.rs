@@ -21,30 +21,30 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::cli::MasterArgs;
-use crate::config;
+use crate::ConfigError;
 use crate::handoff;
 use crate::store::embedded::Embedded;
-use crate::systemd;
+use crate::{serve, systemd};
 
 /// Runs the master until it is told to stop.
 ///
 /// # Errors
 /// If the sockets or the store cannot be opened.
 pub async fn run(args: MasterArgs) -> anyhow::Result<()> {
-    config::refuse_redis(&args.state)?;
-    let state_dir = config::state_dir(&args.state)?;
-    let runtime_dir = config::runtime_dir(&args.runtime)?;
-    let sockets = match systemd::ListenSockets::from_env().map_err(config::ConfigError::new)? {
+    serve::refuse_redis(&args.state)?;
+    let state_dir = systemd::state_dir(&args.state)?;
+    let runtime_dir = systemd::runtime_dir(&args.runtime)?;
+    let sockets = match systemd::ListenSockets::from_env().map_err(ConfigError::new)? {
         Some(sockets) => sockets,
-        None => config::bind_sockets(args.port, &runtime_dir)?,
+        None => systemd::ListenSockets::bind(args.port, &runtime_dir)?,
     };
-    let store = Embedded::open(&state_dir.join("banter.db")).map_err(config::ConfigError::new)?;
+    let store = Embedded::open(&state_dir.join("banter.db")).map_err(ConfigError::new)?;
 
     let stop = CancellationToken::new();
     let tasks = TaskTracker::new();
     let affinity = Arc::new(affinity::Affinity::default());
     let (router, gate) = router::spawn(&tasks, affinity.clone(), stop.clone());
-    let handoff = handoff::Listener::from_fd(sockets.handoff.into())
+    let handoff = handoff::Listener::from_fd(sockets.handoff)
         .context("the hand-off socket cannot be used")?;
     tasks.spawn(router::serve_workers(handoff, router.clone(), stop.clone()));
     for listener in sockets.clients {

@@ -138,7 +138,7 @@ async fn serve_worker(link: u64, end: MasterEnd, links: mpsc::Sender<FromLink>) 
     loop {
         let input = match end.recv().await {
             Ok(Some(ToMaster::Hello { protocol, worker, .. })) => {
-                if protocol != crate::control::PROTOCOL {
+                if protocol != handoff::PROTOCOL {
                     tracing::warn!(worker, protocol, "a worker of another version: no hand-off");
                     break;
                 }

@@ -39,8 +39,11 @@ pub struct Channel {
 }
 
 /// The three channels that every deployment starts with, in the order of the list.
-pub const BUILT_IN_CHANNELS: [(&str, &str); 3] =
-    [("general", "General"), ("programming", "Programming"), ("random", "Random")];
+pub const BUILT_IN_CHANNELS: [(&str, &str); 3] = [
+    ("general", "General"),
+    ("programming", "Programming"),
+    ("random", "Random"),
+];
 
 /// A message to be stored and published.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

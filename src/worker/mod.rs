@@ -1,5 +1,177 @@
 //! A worker: serves REST and Socket.IO on the connections that the master hands to it.
+//!
+//! The way of a connection: [`intake`] takes it, [`transport`] is its stream, [`http`] and
+//! [`socket`] serve it. The way of a message: [`socket::session`] posts it to the store, whose
+//! bus brings it to every worker with members; [`dispatch`] puts it in order ([`feed`]) and emits
+//! it. [`link`] is the stream to the master.
 
+pub mod dispatch;
+pub mod feed;
+pub mod http;
+pub mod intake;
+pub mod link;
+pub mod passwords;
 pub mod socket;
 pub mod transport;
 pub mod ws_frames;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use base64::Engine as _;
+use base64::prelude::BASE64_URL_SAFE_NO_PAD;
+use parking_lot::Mutex;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::ConfigError;
+use crate::cli::{LimitArgs, WorkerArgs};
+use crate::secret::JwtSecret;
+use crate::store::Store;
+use crate::store::remote::ControlStore;
+use crate::systemd;
+use dispatch::Dispatch;
+use http::accounts::Attempts;
+use http::error::ApiError;
+use http::token::{Caller, Tokens};
+use link::{Identity, Link};
+use passwords::Passwords;
+use socket::engine::Sessions;
+
+/// How long sessions may take to report their end when the worker stops.
+const FAREWELL: Duration = Duration::from_secs(2);
+
+/// What everything in a worker shares.
+pub struct App {
+    /// Who this worker is.
+    pub identity: Identity,
+    /// The limits.
+    pub limits: LimitArgs,
+    /// Users, channels, messages.
+    pub store: Arc<dyn Store>,
+    /// The way to the master.
+    pub link: Link,
+    /// The dispatch loop.
+    pub dispatch: Dispatch,
+    /// Signs and reads tokens.
+    pub tokens: Tokens,
+    /// Hashes passwords.
+    pub passwords: Passwords,
+    /// How often somebody failed to log in.
+    pub attempts: Mutex<Attempts>,
+    /// Engine.IO sessions.
+    pub sessions: Sessions,
+    serial: AtomicU64,
+}
+
+impl App {
+    /// Who a token belongs to.
+    ///
+    /// # Errors
+    /// 401 if it is not valid, or its account does not exist; 503 if that cannot be found out.
+    pub async fn authenticate(&self, token: &str) -> Result<Caller, ApiError> {
+        let name = self.tokens.read(token)?;
+        match self.store.user(&name).await? {
+            Some(user) => Ok(Caller { name: user.name }),
+            None => Err(ApiError::unauthorized("Token is invalid")),
+        }
+    }
+
+    /// How long a client that lives may be silent.
+    pub fn silence(&self) -> Duration {
+        let LimitArgs { ping_interval, ping_timeout, .. } = self.limits;
+        Duration::from_secs(u64::from(ping_interval) + u64::from(ping_timeout))
+    }
+
+    /// An id for a connection that no other has, on any worker, ever.
+    pub fn next_connection(&self) -> Arc<str> {
+        self.unique().into()
+    }
+
+    /// A nonce for a post whose client chose none.
+    pub fn next_nonce(&self) -> String {
+        // A client's own cannot collide with it but by intent, and then only with its own posts.
+        format!("~{}", self.unique())
+    }
+
+    fn unique(&self) -> String {
+        format!("{}.{}", self.identity.boot, self.serial.fetch_add(1, Ordering::Relaxed))
+    }
+}
+
+/// Runs a worker until it is told to stop.
+///
+/// # Errors
+/// If its secret or its directories are not to be had.
+pub async fn run(args: WorkerArgs) -> anyhow::Result<()> {
+    let secret = JwtSecret::load(&args.secret).map_err(ConfigError::new)?;
+    let runtime_dir = systemd::runtime_dir(&args.runtime)?;
+    let boot = BASE64_URL_SAFE_NO_PAD.encode(rand::random::<[u8; 9]>());
+    let identity = Identity { worker: args.number, boot };
+
+    let stop = CancellationToken::new();
+    let (ready, draining) = (CancellationToken::new(), CancellationToken::new());
+    let tasks = TaskTracker::new();
+    let (link, connector) = link::new(identity.clone(), runtime_dir.join("control.sock"));
+    let (dispatch, items) = dispatch::new();
+    let store: Arc<dyn Store> = Arc::new(ControlStore::new(link.clone()));
+    let app = Arc::new(App {
+        identity: identity.clone(),
+        limits: args.limits.clone(),
+        store: store.clone(),
+        link: link.clone(),
+        dispatch: dispatch.clone(),
+        tokens: Tokens::new(&secret),
+        passwords: Passwords::new()?,
+        attempts: Mutex::new(Attempts::new(args.limits.auth_rate)),
+        sessions: Sessions::default(),
+        serial: AtomicU64::new(0),
+    });
+    let connections = intake::Connections::new();
+    let dispatching = dispatch::Loop::new(dispatch.clone(), identity.clone(), link, store);
+    tasks.spawn(dispatching.run(items, ready.clone(), stop.clone()));
+    tasks.spawn(connector.run(dispatch, stop.clone()));
+    let intake = intake::Intake {
+        identity: identity.clone(),
+        handoff: runtime_dir.join("handoff.sock"),
+        capacity: intake::Capacity::of(args.limits.max_connections, args.limits.max_per_address),
+        connections: connections.clone(),
+        router: http::router(app),
+        ready: ready.clone(),
+        draining: draining.clone(),
+    };
+    tracing::info!(
+        event = "worker_started",
+        worker = identity.worker,
+        boot = identity.boot,
+        connections = intake.capacity.connections,
+        "the worker starts"
+    );
+    tasks.spawn(intake.run(stop.clone()));
+    tasks.close();
+
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    tokio::select! {
+        () = async {
+            ready.cancelled().await;
+            systemd::ready("serving");
+            std::future::pending::<()>().await;
+        } => {}
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+        () = tasks.wait() => anyhow::bail!("a part of the worker stopped unexpectedly"),
+    }
+    systemd::stopping();
+    draining.cancel();
+    // Clients take it for a broken connection, come back to another worker, and resume.
+    connections.kill_all();
+    if tokio::time::timeout(FAREWELL, connections.drained()).await.is_err() {
+        tracing::warn!(connections = connections.count(), "some connections did not end in time");
+    }
+    stop.cancel();
+    tasks.wait().await;
+    Ok(())
+}

@@ -14,6 +14,7 @@
 //! therefore precedes the ping or pong that the next heartbeat follows: once that one is here, the
 //! client has it all. Hence [`Handle::confirmed_until`].
 
+use std::any::Any;
 use std::io::{self, IoSlice};
 use std::net::{IpAddr, Shutdown, SocketAddr};
 use std::pin::Pin;
@@ -56,6 +57,8 @@ pub struct Transport {
     tail: [u8; 4],
     /// The client's WebSocket, once it is one.
     frames: Option<ClientFrames>,
+    /// Dropped when the connection closes.
+    held: Option<Box<dyn Any + Send>>,
 }
 
 /// What others may know of a [`Transport`] and do to it; it does not keep the connection open.
@@ -135,8 +138,14 @@ impl Transport {
             handle: Arc::clone(&handle),
             tail: [0; 4],
             frames: None,
+            held: None,
         };
         Ok((transport, handle))
+    }
+
+    /// Keeps something for as long as the connection is open, through an upgrade too.
+    pub fn hold(&mut self, something: Box<dyn Any + Send>) {
+        self.held = Some(something);
     }
 
     /// The handle that [`Transport::new`] also returned.

@@ -1,3 +1,126 @@
 //! The Socket.IO side of a worker.
+//!
+//! - [`engine`]: the HTTP requests underneath, before and after socketioxide;
+//! - [`eio3`]: what polling clients of old versions make of UTF-8;
+//! - [`wire`]: one connection, to emit to and to close;
+//! - [`session`]: what one client does, in order;
+//! - [`events`]: the payloads that clients send.
 
 pub mod eio3;
+pub mod engine;
+pub mod events;
+pub mod session;
+pub mod wire;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use serde_json::Value;
+use socketioxide::extract::{AckSender, Event, SocketRef, TryData};
+use socketioxide::handler::ConnectHandler as _;
+use socketioxide::socket::DisconnectReason;
+use socketioxide::{ProtocolVersion, SocketIo, TransportType};
+use tokio::sync::mpsc;
+
+use super::App;
+use super::http::error::ApiError;
+use super::http::token::Caller;
+use super::transport::Handle;
+use engine::OpenedBy;
+use events::Credentials;
+use session::{Input, Session};
+
+/// Events of one client that wait to be handled; more are refused.
+const QUEUE: usize = 256;
+
+/// How long a refused client may take to read why.
+const REFUSAL: Duration = Duration::from_secs(1);
+
+/// What the middleware leaves for the connect handler: the session, and its queue.
+#[derive(Clone)]
+struct Prepared(Arc<Mutex<Option<(Session, mpsc::Receiver<Input>)>>>);
+
+/// Serves the sockets of the main namespace.
+pub fn listen(app: &Arc<App>, io: &SocketIo) {
+    let app = app.clone();
+    let middleware = move |socket: SocketRef, TryData(auth): TryData<Value>| {
+        let app = app.clone();
+        async move { admit(app, socket, auth.ok()).await }
+    };
+    let connected = async |socket: SocketRef| {
+        let prepared = socket.extensions.remove::<Prepared>();
+        if let Some((session, inputs)) = prepared.and_then(|Prepared(slot)| slot.lock().take()) {
+            session.run(inputs).await;
+        }
+    };
+    io.ns("/", connected.with(middleware));
+}
+
+/// Lets a socket in, or not. Everything it may do is registered here, because its first events
+/// can arrive before the connect handler runs.
+async fn admit(app: Arc<App>, socket: SocketRef, auth: Option<Value>) -> Result<(), ApiError> {
+    let parts = socket.req_parts();
+    let handle = parts.extensions.get::<Arc<Handle>>().cloned();
+    let client = handle.as_ref().map(|handle| handle.client()).ok_or_else(ApiError::internal)?;
+    let websocket = handle.filter(|_| socket.transport_type() == TransportType::Websocket);
+    let engine = app.sessions.connected(&socket.id.to_string(), websocket);
+    let opened_by = parts.extensions.get::<OpenedBy>().cloned();
+    let credentials = Credentials::of(&engine::params(&parts.uri), auth.as_ref());
+    let wire = Arc::new(wire::Connection::new(socket.clone(), engine.clone(), client));
+    let caller: Result<Caller, ApiError> = match (opened_by, &credentials.token) {
+        (Some(OpenedBy(caller)), _) => Ok(caller),
+        (None, Some(token)) => app.authenticate(token).await,
+        (None, None) => Err(ApiError::token_missing()),
+    };
+    let caller = match caller {
+        Ok(caller) => caller,
+        Err(error) => {
+            // The protocol leaves the transport of a refused client open.
+            tokio::spawn(async move {
+                tokio::time::sleep(REFUSAL).await;
+                wire.kill();
+            });
+            return Err(error);
+        }
+    };
+    let (inputs, inputs_rx) = mpsc::channel(QUEUE);
+    // The handlers' bodies run in the order of the events; what they return would not. So they
+    // do nothing but queue.
+    let events = inputs.clone();
+    socket.on_fallback(
+        move |Event(name): Event, TryData(data): TryData<Value>, ack: AckSender| {
+            if let Err(error) = events.try_send(Input::Event { name, data: data.ok(), ack })
+                && let Input::Event { ack, .. } = error.into_inner()
+            {
+                events::refuse(ack, &events::overrun());
+            }
+            std::future::ready(())
+        },
+    );
+    let ending = inputs.clone();
+    let sessions = app.clone();
+    socket.on_disconnect(async move |socket: SocketRef, reason: DisconnectReason| {
+        sessions.sessions.closed(&socket.id.to_string());
+        // In the queue, so that what came before is done first; its task empties it.
+        let _ = ending.send(Input::Disconnected(reason)).await;
+    });
+    let is_old = socket.protocol() == ProtocolVersion::V4;
+    tracing::debug!(user = caller.name, %client, old_protocol = is_old, "a client connects");
+    let session = Session::new(app, caller, wire, credentials, inputs);
+    socket.extensions.insert(Prepared(Arc::new(Mutex::new(Some((session, inputs_rx))))));
+    Ok(())
+}
+
+/// Forgets Engine.IO sessions that are over, now and then.
+pub fn sweep_sessions(app: Arc<App>, io: SocketIo) {
+    let app = Arc::downgrade(&app);
+    tokio::spawn(async move {
+        let mut timer = tokio::time::interval(Duration::from_secs(30));
+        loop {
+            timer.tick().await;
+            let Some(app) = app.upgrade() else { return };
+            app.sessions.sweep(|sid| sid.parse().is_ok_and(|sid| io.get_socket(sid).is_some()));
+        }
+    });
+}

@@ -1,0 +1,191 @@
+//! `POST /auth/register` and `POST /auth/login`.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Instant;
+
+use axum::extract::State;
+use axum::{Extension, Json};
+use http::StatusCode;
+
+use super::body::Fields;
+use super::error::ApiError;
+use super::token::Issued;
+use crate::limits::{KeyedBuckets, Limit};
+use crate::routing::RoutingKey;
+use crate::store::{StoreError, User};
+use crate::worker::App;
+use crate::worker::transport::Handle;
+
+/// Characters of a name.
+const NAME_LENGTH: std::ops::RangeInclusive<usize> = 3..=32;
+/// Names that the old client uses for itself.
+const RESERVED: [&str; 2] = ["system", "you"];
+/// The least characters, and the most bytes, of a password.
+const PASSWORD_MIN: usize = 6;
+const PASSWORD_MAX: usize = 1024;
+/// Addresses and names whose attempts are remembered.
+const REMEMBERED: usize = 65_536;
+
+/// How often somebody may fail.
+pub struct Attempts {
+    by_address: KeyedBuckets<RoutingKey>,
+    by_name: KeyedBuckets<String>,
+}
+
+impl Attempts {
+    /// `per_minute` registrations and failed logins, and as many at once; 0: no limit.
+    pub fn new(per_minute: u32) -> Self {
+        let limit = if per_minute == 0 {
+            Limit::UNLIMITED
+        } else {
+            Limit::new(f64::from(per_minute) / 60.0, per_minute)
+        };
+        Self {
+            by_address: KeyedBuckets::new(limit, REMEMBERED),
+            by_name: KeyedBuckets::new(limit, REMEMBERED),
+        }
+    }
+}
+
+/// `POST /auth/register`.
+pub async fn register(
+    State(app): State<Arc<App>>,
+    Extension(connection): Extension<Arc<Handle>>,
+    fields: Fields,
+) -> Result<Json<Issued>, ApiError> {
+    let (name, password) = credentials(&fields)?;
+    check_name(name)?;
+    check_password(password)?;
+    let address = RoutingKey::of(connection.client());
+    app.attempts.lock().by_address.take(&address, Instant::now()).map_err(ApiError::too_many)?;
+    // Saves the hashing; the store decides.
+    if app.store.user(name).await?.is_some() {
+        return Err(exists());
+    }
+    let password_hash = app.passwords.hash(password.to_owned()).await?;
+    let user = User { name: name.to_owned(), password_hash };
+    match app.store.create_user(user).await {
+        Ok(()) => {
+            tracing::info!(event = "registered", user = name, client = %connection.client());
+            app.tokens.issue(name).map(Json)
+        }
+        Err(StoreError::Exists) => Err(exists()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// `POST /auth/login`.
+pub async fn login(
+    State(app): State<Arc<App>>,
+    Extension(connection): Extension<Arc<Handle>>,
+    fields: Fields,
+) -> Result<Json<Issued>, ApiError> {
+    let (name, password) = credentials(&fields)?;
+    let client = connection.client();
+    check_attempts(&app, client, name)?;
+    let user = match check_name(name) {
+        Ok(()) => app.store.user(name).await?,
+        // No such account can exist.
+        Err(_) => None,
+    };
+    let hash = user.map(|user| user.password_hash);
+    if app.passwords.verify(password.to_owned(), hash).await? {
+        return app.tokens.issue(name).map(Json);
+    }
+    tracing::info!(event = "login_failed", %client, "wrong name or password");
+    let now = Instant::now();
+    let mut attempts = app.attempts.lock();
+    // Checked above: an empty bucket refuses the next attempt, not this one.
+    let _ = attempts.by_address.take(&RoutingKey::of(client), now);
+    let _ = attempts.by_name.take(&name.to_owned(), now);
+    Err(ApiError::unauthorized("Wrong name or password"))
+}
+
+fn check_attempts(app: &App, client: IpAddr, name: &str) -> Result<(), ApiError> {
+    let now = Instant::now();
+    let attempts = app.attempts.lock();
+    attempts
+        .by_address
+        .check(&RoutingKey::of(client), now)
+        .and_then(|()| attempts.by_name.check(&name.to_owned(), now))
+        .map_err(ApiError::too_many)
+}
+
+fn credentials(fields: &Fields) -> Result<(&str, &str), ApiError> {
+    match (fields.string("name"), fields.string("password")) {
+        (Some(name), Some(password)) => Ok((name, password)),
+        _ => Err(ApiError::bad_request("Missing parameter!")),
+    }
+}
+
+fn exists() -> ApiError {
+    ApiError::new(StatusCode::CONFLICT, "User with name already exists")
+}
+
+fn check_name(name: &str) -> Result<(), ApiError> {
+    if !name.bytes().all(|byte| byte.is_ascii_alphanumeric()) {
+        return Err(ApiError::bad_request("Name must be numbers or letter a-z only"));
+    }
+    if name.len() < *NAME_LENGTH.start() {
+        return Err(ApiError::bad_request(format!(
+            "The name {name} is too short. (min {}. characters)",
+            NAME_LENGTH.start()
+        )));
+    }
+    if name.len() > *NAME_LENGTH.end() {
+        return Err(ApiError::bad_request(format!(
+            "The name is too long. (max {}. characters)",
+            NAME_LENGTH.end()
+        )));
+    }
+    if RESERVED.iter().any(|reserved| name.eq_ignore_ascii_case(reserved)) {
+        return Err(ApiError::bad_request("That name is not allowed"));
+    }
+    Ok(())
+}
+
+fn check_password(password: &str) -> Result<(), ApiError> {
+    if password.chars().count() < PASSWORD_MIN {
+        return Err(ApiError::bad_request(format!(
+            "The password is too short. (min {PASSWORD_MIN}. characters)"
+        )));
+    }
+    if password.len() > PASSWORD_MAX {
+        return Err(ApiError::bad_request(format!(
+            "The password is too long. (max {PASSWORD_MAX}. bytes)"
+        )));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_checked_to_the_very_end() {
+        for good in ["abc", "Ann0", &"x".repeat(32)] {
+            assert_eq!(check_name(good), Ok(()), "{good}");
+        }
+        for (bad, text) in [
+            ("ab", "The name ab is too short. (min 3. characters)"),
+            ("abc\n", "Name must be numbers or letter a-z only"),
+            ("a b", "Name must be numbers or letter a-z only"),
+            ("änn", "Name must be numbers or letter a-z only"),
+            ("SYSTEM", "That name is not allowed"),
+            ("You", "That name is not allowed"),
+        ] {
+            assert_eq!(check_name(bad).unwrap_err().message(), text, "{bad:?}");
+        }
+        assert!(check_name(&"x".repeat(33)).is_err());
+    }
+
+    #[test]
+    fn passwords_have_bounds() {
+        assert!(check_password("12345").is_err());
+        assert!(check_password("123456").is_ok());
+        assert!(check_password(&"x".repeat(1024)).is_ok());
+        assert!(check_password(&"ä".repeat(513)).is_err());
+    }
+}

@@ -1,0 +1,158 @@
+//! `GET` and `POST /channels`, `POST /channels/KEY/join`.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::extract::rejection::PathRejection;
+use axum::extract::{Path, State};
+use base64::Engine as _;
+use base64::prelude::BASE64_URL_SAFE_NO_PAD;
+use http::StatusCode;
+use serde::Serialize;
+
+use super::body::Fields;
+use super::error::ApiError;
+use super::messages;
+use super::token::Caller;
+use crate::control::JoinedElsewhere;
+use crate::presence::Status;
+use crate::store::{Channel, Message, Range};
+use crate::worker::App;
+
+/// Characters of a channel's name.
+const NAME_MAX: usize = 64;
+/// Characters of a channel's key.
+const KEY_MAX: usize = 128;
+/// Messages that somebody who joins gets.
+pub const HISTORY: u64 = 25;
+
+/// A public channel, as the list shows it.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Listed {
+    name: String,
+    key: String,
+    online_count: usize,
+}
+
+/// `GET /channels`'s answer.
+#[derive(Debug, Serialize)]
+pub struct List {
+    channels: Vec<Listed>,
+}
+
+/// `POST /channels`'s answer.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Created {
+    name: String,
+    key: String,
+    online_users: usize,
+    online_count: usize,
+}
+
+/// A member of a channel.
+#[derive(Debug, Clone, Serialize)]
+pub struct Member {
+    username: String,
+    status: Status,
+}
+
+impl Member {
+    /// The members as clients get them.
+    pub fn list(online: Vec<(String, Status)>) -> Vec<Self> {
+        online.into_iter().map(|(username, status)| Self { username, status }).collect()
+    }
+}
+
+/// The answer to a join.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Joined {
+    key: String,
+    messages: Vec<String>,
+    online_users: Vec<Member>,
+}
+
+/// `GET /channels`.
+pub async fn list(State(app): State<Arc<App>>, _caller: Caller) -> Result<Json<List>, ApiError> {
+    let stored = app.store.channels().await?;
+    let channels = stored
+        .into_iter()
+        .map(|Channel { key, name }| {
+            let online_count =
+                app.dispatch.with_state(|state| state.member_count(&key)).unwrap_or_default();
+            Listed { name, key, online_count }
+        })
+        .collect();
+    Ok(Json(List { channels }))
+}
+
+/// `POST /channels`.
+pub async fn create(
+    State(app): State<Arc<App>>,
+    caller: Caller,
+    fields: Fields,
+) -> Result<(StatusCode, Json<Created>), ApiError> {
+    let name = fields
+        .string("name")
+        .filter(|name| !name.trim().is_empty())
+        .ok_or_else(|| ApiError::bad_request("Missing channel name!"))?;
+    if name.chars().count() > NAME_MAX {
+        return Err(ApiError::bad_request(format!(
+            "The channel name is too long. (max {NAME_MAX}. characters)"
+        )));
+    }
+    let key = BASE64_URL_SAFE_NO_PAD.encode(rand::random::<[u8; 32]>());
+    let name = name.to_owned();
+    app.store.create_channel(Channel { key: key.clone(), name: name.clone() }).await?;
+    tracing::info!(event = "channel_created", user = caller.name, channel = key);
+    Ok((StatusCode::CREATED, Json(Created { name, key, online_users: 0, online_count: 0 })))
+}
+
+/// `POST /channels/KEY/join`.
+pub async fn join(
+    State(app): State<Arc<App>>,
+    caller: Caller,
+    key: Result<Path<String>, PathRejection>,
+) -> Result<Json<Joined>, ApiError> {
+    let key = channel_key(key)?;
+    let answer = |messages: Vec<Message>, online| Joined {
+        key: key.clone(),
+        messages: messages::as_strings(&messages),
+        online_users: Member::list(online),
+    };
+    match app.link.join_user(caller.name.clone(), key.clone()).await? {
+        JoinedElsewhere::Joined { messages, online } => Ok(Json(answer(messages, online))),
+        JoinedElsewhere::Offline => {
+            let range = Range::Latest { start: 0, end: HISTORY };
+            let page = app.store.read(&key, range).await?;
+            let mut online = app.dispatch.online(&key);
+            // The caller is in the list, as for everybody else.
+            if online.iter().all(|(name, _)| *name != caller.name) {
+                online.push((caller.name, Status::Online));
+            }
+            Ok(Json(answer(page.messages, online)))
+        }
+        JoinedElsewhere::TooManyChannels => Err(ApiError::new(
+            StatusCode::FORBIDDEN,
+            "You are in too many channels, leave one first",
+        )),
+        JoinedElsewhere::Unavailable => Err(ApiError::unavailable()),
+    }
+}
+
+/// The key in a path.
+pub fn channel_key(key: Result<Path<String>, PathRejection>) -> Result<String, ApiError> {
+    match key {
+        Ok(Path(key)) if is_channel_key(&key) => Ok(key),
+        _ => Err(ApiError::bad_request(format!(
+            "The channel key must be 1 to {KEY_MAX} characters of UTF-8"
+        ))),
+    }
+}
+
+/// Whether a channel can have this key.
+pub fn is_channel_key(key: &str) -> bool {
+    (1..=KEY_MAX).contains(&key.chars().count())
+}

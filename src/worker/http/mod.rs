@@ -1,0 +1,79 @@
+//! The REST side of a worker: one file for each resource.
+
+pub mod accounts;
+pub mod body;
+pub mod channels;
+pub mod error;
+pub mod health;
+pub mod messages;
+pub mod token;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::extract::{DefaultBodyLimit, Request};
+use axum::routing::{any, get, post};
+use http::{HeaderName, Method, StatusCode, header};
+use tower_http::cors::{AllowOrigin, Any, CorsLayer};
+use tower_http::timeout::TimeoutLayer;
+
+use super::App;
+use super::socket;
+use error::ApiError;
+
+/// Bytes that a request's body may have.
+pub const MAX_BODY: usize = 64 * 1024;
+
+/// How long a request may take, its body included; polls are not bound by it.
+const TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Headers that clients send and that a preflight must allow.
+const ALLOWED_HEADERS: [HeaderName; 2] = [header::AUTHORIZATION, header::CONTENT_TYPE];
+
+/// Methods that are used anywhere.
+const ALLOWED_METHODS: [Method; 4] = [Method::GET, Method::POST, Method::HEAD, Method::OPTIONS];
+
+/// Everything that a worker serves.
+pub fn router(app: Arc<App>) -> Router {
+    let rest = Router::new()
+        .route("/auth/register", post(accounts::register))
+        .route("/auth/login", post(accounts::login))
+        .route("/channels", get(channels::list).post(channels::create))
+        .route("/channels/{key}/join", post(channels::join))
+        .route("/channels/{key}/messages", get(messages::read))
+        .route("/health", get(health::read))
+        .fallback(async || ApiError::not_found())
+        .method_not_allowed_fallback(async || ApiError::method_not_allowed())
+        .layer(DefaultBodyLimit::max(MAX_BODY))
+        .layer(TimeoutLayer::with_status_code(StatusCode::REQUEST_TIMEOUT, TIMEOUT))
+        .layer(
+            CorsLayer::new()
+                .allow_origin(Any)
+                .allow_headers(ALLOWED_HEADERS)
+                .allow_methods(ALLOWED_METHODS)
+                .expose_headers([header::RETRY_AFTER])
+                .max_age(Duration::from_secs(3600)),
+        );
+    let (service, io) = socket::engine::socket_io(&app);
+    socket::listen(&app, &io);
+    socket::sweep_sessions(app.clone(), io);
+    // Old browsers poll with credentials: the origin must be named, not `*`.
+    let cors = CorsLayer::new()
+        .allow_origin(AllowOrigin::mirror_request())
+        .allow_credentials(true)
+        .allow_headers(ALLOWED_HEADERS)
+        .allow_methods(ALLOWED_METHODS)
+        .max_age(Duration::from_secs(3600));
+    let socket_io = Router::new()
+        .route(
+            "/socket.io/",
+            any({
+                let app = app.clone();
+                move |request: Request| socket::engine::serve(app.clone(), service.clone(), request)
+            }),
+        )
+        .layer(DefaultBodyLimit::disable())
+        .layer(cors);
+    rest.with_state(app).merge(socket_io)
+}

@@ -1,0 +1,294 @@
+//! Takes connections from the master and serves them, within the worker's limits.
+
+use std::any::Any;
+use std::collections::HashMap;
+use std::net::IpAddr;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::extract::Request;
+use axum::response::{IntoResponse as _, Response};
+use hyper::body::Incoming;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use parking_lot::Mutex;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use tower::ServiceExt as _;
+
+use super::http::error::ApiError;
+use super::link::Identity;
+use super::transport::{Handle, Transport};
+use crate::handoff::{
+    self, Credit, HandoffError, MAX_RESERVE, MAX_WINDOW, Offer, ToMaster, WorkerEnd, WorkerState,
+};
+
+/// How long a client may take for the head of a request, also between two requests.
+const HEADER_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// Descriptors for everything but clients' connections: sockets to the master, logs, libraries.
+const RESERVED_DESCRIPTORS: u64 = 64;
+
+/// First and longest pause between attempts to reach the master.
+const RETRY: (Duration, Duration) = (Duration::from_millis(20), Duration::from_millis(500));
+
+/// How many connections a worker may have.
+#[derive(Debug, Clone, Copy)]
+pub struct Capacity {
+    /// From anybody; addresses with living sessions may go [`MAX_RESERVE`] beyond.
+    pub connections: u32,
+    /// From one address; `None`: any number.
+    pub per_address: Option<u32>,
+}
+
+impl Capacity {
+    /// What the limits say, but never more than the process has descriptors for.
+    pub fn of(connections: u32, per_address: u32) -> Self {
+        let descriptors = descriptors().saturating_sub(RESERVED_DESCRIPTORS + u64::from(MAX_RESERVE));
+        let possible = u32::try_from(descriptors).unwrap_or(u32::MAX).max(1);
+        let connections = match connections {
+            0 => possible,
+            wanted => wanted.min(possible),
+        };
+        Self { connections, per_address: (per_address > 0).then_some(per_address) }
+    }
+}
+
+/// The limit on open descriptors, after raising it as far as it goes.
+fn descriptors() -> u64 {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+    let mut limit = getrlimit(Resource::Nofile);
+    if limit.current != limit.maximum {
+        limit.current = limit.maximum;
+        if let Err(error) = setrlimit(Resource::Nofile, limit.clone()) {
+            tracing::debug!(%error, "the limit on open files stays as it is");
+            limit = getrlimit(Resource::Nofile);
+        }
+    }
+    limit.current.unwrap_or(u64::MAX)
+}
+
+/// The connections being served.
+pub struct Connections {
+    open: Mutex<Open>,
+    /// Changes with every connection that comes or goes.
+    count: watch::Sender<u32>,
+}
+
+#[derive(Default)]
+struct Open {
+    next: u64,
+    handles: HashMap<u64, Arc<Handle>>,
+    by_address: HashMap<IpAddr, u32>,
+}
+
+/// Kept by a connection's stream: its place is free when that is dropped.
+struct Place {
+    id: u64,
+    client: IpAddr,
+    connections: Arc<Connections>,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut open = self.connections.open.lock();
+        open.handles.remove(&self.id);
+        if let Some(count) = open.by_address.get_mut(&self.client) {
+            *count -= 1;
+            if *count == 0 {
+                open.by_address.remove(&self.client);
+            }
+        }
+        self.connections.count.send_replace(len(&open));
+    }
+}
+
+fn len(open: &Open) -> u32 {
+    u32::try_from(open.handles.len()).unwrap_or(u32::MAX)
+}
+
+impl Connections {
+    /// None yet.
+    pub fn new() -> Arc<Self> {
+        Arc::new(Self { open: Mutex::default(), count: watch::Sender::new(0) })
+    }
+
+    /// Adds a connection; returns what its stream has to keep, and how many its address has.
+    fn add(self: &Arc<Self>, handle: Arc<Handle>) -> (Place, u32) {
+        let mut open = self.open.lock();
+        let id = open.next;
+        open.next += 1;
+        let client = handle.client();
+        open.handles.insert(id, handle);
+        let count = open.by_address.entry(client).or_default();
+        *count += 1;
+        let of_address = *count;
+        self.count.send_replace(len(&open));
+        (Place { id, client, connections: self.clone() }, of_address)
+    }
+
+    /// How many there are.
+    pub fn count(&self) -> u32 {
+        *self.count.borrow()
+    }
+
+    /// Closes them all.
+    pub fn kill_all(&self) {
+        for handle in self.open.lock().handles.values() {
+            handle.kill();
+        }
+    }
+
+    /// Waits until there are none.
+    pub async fn drained(&self) {
+        // The sender lives as long as `self`.
+        let _ = self.count.subscribe().wait_for(|count| *count == 0).await;
+    }
+}
+
+/// Takes connections until stopped; until `ready` it says that it is starting.
+pub struct Intake {
+    /// Who takes them.
+    pub identity: Identity,
+    /// The master's hand-off socket.
+    pub handoff: PathBuf,
+    /// How many.
+    pub capacity: Capacity,
+    /// Those that there are.
+    pub connections: Arc<Connections>,
+    /// What serves them.
+    pub router: Router,
+    /// The worker has its copy of the state.
+    pub ready: CancellationToken,
+    /// The worker is on its way out.
+    pub draining: CancellationToken,
+}
+
+impl Intake {
+    /// Connects to the master, for ever.
+    pub async fn run(self, stop: CancellationToken) {
+        let taking = async {
+            let mut pause = RETRY.0;
+            loop {
+                match self.stream(&mut pause).await {
+                    Ok(()) => tracing::debug!("the master closed the hand-off stream"),
+                    Err(error) => tracing::debug!(%error, "no hand-off stream: trying again"),
+                }
+                tokio::time::sleep(pause).await;
+                pause = (pause * 2).min(RETRY.1);
+            }
+        };
+        let _ = stop.run_until_cancelled(taking).await;
+    }
+
+    async fn stream(&self, pause: &mut Duration) -> Result<(), HandoffError> {
+        let end = WorkerEnd::connect(&self.handoff)?;
+        let Identity { worker, boot } = self.identity.clone();
+        end.send(&ToMaster::Hello { protocol: handoff::PROTOCOL, worker, boot }).await?;
+        *pause = RETRY.0;
+        let mut count = self.connections.count.subscribe();
+        let mut said = None;
+        loop {
+            let credit = self.credit(*count.borrow_and_update());
+            if said != Some(credit) {
+                end.send(&ToMaster::Credit(credit)).await?;
+                said = Some(credit);
+            }
+            let state = credit.state;
+            tokio::select! {
+                received = end.recv() => match received {
+                    Ok(Some((offer, socket))) => self.offered(&end, offer, socket).await?,
+                    Ok(None) => return Ok(()),
+                    Err(HandoffError::FdLost { seq }) => {
+                        tracing::error!("a connection was lost to the limit on open files");
+                        end.send(&ToMaster::Refuse { seq }).await?;
+                    }
+                    Err(error) => return Err(error),
+                },
+                // The sender lives as long as the intake.
+                _ = count.changed() => {}
+                () = self.ready.cancelled(), if state == WorkerState::Starting => {}
+                () = self.draining.cancelled(), if state != WorkerState::Draining => {}
+            }
+        }
+    }
+
+    fn credit(&self, count: u32) -> Credit {
+        let none = |state| Credit { window: 0, reserve: 0, state };
+        if self.draining.is_cancelled() {
+            return none(WorkerState::Draining);
+        }
+        if !self.ready.is_cancelled() {
+            return none(WorkerState::Starting);
+        }
+        let limit = self.capacity.connections;
+        let window = limit.saturating_sub(count).min(MAX_WINDOW);
+        let reserve = (limit + MAX_RESERVE).saturating_sub(count).min(MAX_RESERVE);
+        let state = if window == 0 { WorkerState::Full } else { WorkerState::Serving };
+        Credit { window, reserve, state }
+    }
+
+    async fn offered(
+        &self,
+        end: &WorkerEnd,
+        offer: Offer,
+        socket: OwnedFd,
+    ) -> Result<(), HandoffError> {
+        let seq = offer.seq;
+        // A stale one is being served elsewhere by now: two must not read from it.
+        if offer.is_stale(handoff::monotonic_millis()) || self.draining.is_cancelled() {
+            return end.send(&ToMaster::Refuse { seq }).await;
+        }
+        end.send(&ToMaster::Ack { seq }).await?;
+        match Transport::new(socket.into(), offer.peer, offer.client) {
+            Ok((transport, handle)) => self.serve(transport, handle),
+            // It was reset on the way.
+            Err(error) => tracing::debug!(%error, "a connection could not be set up"),
+        }
+        Ok(())
+    }
+
+    fn serve(&self, mut transport: Transport, handle: Arc<Handle>) {
+        let (place, of_address) = self.connections.add(handle.clone());
+        transport.hold(Box::new(place) as Box<dyn Any + Send>);
+        let too_many = self.capacity.per_address.is_some_and(|limit| of_address > limit);
+        let router = self.router.clone();
+        let service = hyper::service::service_fn(move |request: hyper::Request<Incoming>| {
+            let (router, handle) = (router.clone(), handle.clone());
+            async move {
+                if too_many {
+                    return Ok(refuse());
+                }
+                let mut request: Request = request.map(axum::body::Body::new);
+                request.extensions_mut().insert(handle);
+                router.oneshot(request).await
+            }
+        });
+        let connection = hyper::server::conn::http1::Builder::new()
+            .timer(TokioTimer::new())
+            .header_read_timeout(HEADER_TIMEOUT)
+            .max_buf_size(64 * 1024)
+            .serve_connection(TokioIo::new(transport), service)
+            .with_upgrades();
+        tokio::spawn(async move {
+            if let Err(error) = connection.await {
+                // Clients that break off or send garbage: their own affair.
+                tracing::debug!(%error, "a connection ended");
+            }
+        });
+    }
+}
+
+/// The answer to a connection too many from one address.
+fn refuse() -> Response {
+    let mut response = ApiError::too_many(Duration::from_secs(5)).into_response();
+    let headers = response.headers_mut();
+    headers.insert(http::header::CONNECTION, http::HeaderValue::from_static("close"));
+    headers.insert(
+        http::header::ACCESS_CONTROL_ALLOW_ORIGIN,
+        http::HeaderValue::from_static("*"),
+    );
+    response
+}

@@ -1,0 +1,390 @@
+//! The Engine.IO requests before and after socketioxide: who may open a session, text that old
+//! clients can read, and sessions that can be closed from outside.
+//!
+//! socketioxide speaks both revisions of the protocol. What it lacks is done here: refusing a
+//! handshake by HTTP status (clients 1.x and 2.x get `connect_error` only that way), the text
+//! encoding of polling clients 1.x ([`super::eio3`]), and ending a session's transport.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use axum::body::Body;
+use axum::extract::{Query, Request};
+use axum::response::{IntoResponse as _, Response};
+use http::{Method, StatusCode, header};
+use http_body_util::{BodyExt as _, LengthLimitError, Limited};
+use parking_lot::Mutex;
+use serde::Deserialize;
+use serde_json::json;
+use socketioxide::SocketIo;
+use socketioxide::service::SocketIoService;
+use tokio_util::sync::CancellationToken;
+use tower::ServiceExt as _;
+
+use super::eio3::{self, Utf8Mode};
+use crate::worker::http::error::ApiError;
+use crate::worker::http::token::Caller;
+use crate::worker::transport::{Handle, Heartbeats};
+use crate::worker::ws_frames::Engine as Revision;
+use crate::worker::App;
+
+/// Bytes that one polling request may carry, and one WebSocket message.
+pub const MAX_PAYLOAD: usize = 1_000_000;
+
+/// How long a polling request's body may take.
+const BODY_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Sessions that opened a transport and then nothing are forgotten after this time; the engine
+/// closes them earlier.
+const UNCONNECTED: Duration = Duration::from_secs(60);
+
+/// What is known of an Engine.IO session beside what socketioxide knows.
+#[derive(Debug)]
+pub struct EngineSession {
+    opened: Instant,
+    killed: CancellationToken,
+    /// The WebSocket's stream, once there is one.
+    websocket: Mutex<Option<Arc<Handle>>>,
+    /// Bytes of answers to polls.
+    polled: AtomicU64,
+    /// Heartbeats that came by polling.
+    heartbeats: Heartbeats,
+    /// Which client's way of encoding text the session has shown (Engine.IO 3).
+    utf8: Mutex<Utf8Mode>,
+}
+
+impl EngineSession {
+    fn new() -> Arc<Self> {
+        Arc::new(Self {
+            opened: Instant::now(),
+            killed: CancellationToken::new(),
+            websocket: Mutex::new(None),
+            polled: AtomicU64::new(0),
+            heartbeats: Heartbeats::new(),
+            utf8: Mutex::new(Utf8Mode::default()),
+        })
+    }
+
+    /// Ends the session's transport: a WebSocket at once, a polling client at its next request
+    /// or in the one that waits.
+    pub fn kill(&self) {
+        self.killed.cancel();
+        if let Some(websocket) = self.transport() {
+            websocket.kill();
+        }
+    }
+
+    /// Whether [`EngineSession::kill`] was called.
+    pub fn killed(&self) -> bool {
+        self.killed.is_cancelled()
+    }
+
+    /// The WebSocket's stream, once there is one.
+    pub fn transport(&self) -> Option<Arc<Handle>> {
+        self.websocket.lock().clone()
+    }
+
+    /// Bytes that left for the client.
+    pub fn bytes_written(&self) -> u64 {
+        let websocket = self.websocket.lock().as_ref().map_or(0, |handle| handle.bytes_written());
+        websocket + self.polled.load(Ordering::Relaxed)
+    }
+
+    /// Up to when the client has provably received everything.
+    pub fn confirmed_until(&self) -> Option<Instant> {
+        let websocket = self.websocket.lock().as_ref().and_then(|h| h.confirmed_until());
+        websocket.max(self.heartbeats.confirmed_until())
+    }
+}
+
+/// The Engine.IO sessions of this worker.
+#[derive(Debug, Default)]
+pub struct Sessions {
+    by_id: Mutex<HashMap<String, Arc<EngineSession>>>,
+}
+
+impl Sessions {
+    /// The session of a connected socket. `transport` is the stream of its first request, which
+    /// is the session's own if that asked for a WebSocket.
+    pub fn connected(&self, sid: &str, websocket: Option<Arc<Handle>>) -> Arc<EngineSession> {
+        let mut sessions = self.by_id.lock();
+        let session = sessions.entry(sid.to_owned()).or_insert_with(EngineSession::new).clone();
+        drop(sessions);
+        if let Some(handle) = websocket {
+            *session.websocket.lock() = Some(handle);
+        }
+        session
+    }
+
+    /// Forgets a session. One that was killed is remembered for a while, so that a polling
+    /// client learns of its end.
+    pub fn closed(&self, sid: &str) {
+        let mut sessions = self.by_id.lock();
+        if sessions.get(sid).is_some_and(|session| !session.killed()) {
+            sessions.remove(sid);
+        }
+    }
+
+    fn opened(&self, sid: String) -> Arc<EngineSession> {
+        self.by_id.lock().entry(sid).or_insert_with(EngineSession::new).clone()
+    }
+
+    fn get(&self, sid: &str) -> Option<Arc<EngineSession>> {
+        self.by_id.lock().get(sid).cloned()
+    }
+
+    /// Forgets what nobody will ask for again. `connected` says which sessions have sockets.
+    pub fn sweep(&self, connected: impl Fn(&str) -> bool) {
+        self.by_id
+            .lock()
+            .retain(|sid, session| session.opened.elapsed() < UNCONNECTED || connected(sid));
+    }
+}
+
+/// What is in a request's query.
+#[derive(Debug, Clone, Default, Deserialize)]
+pub struct Params {
+    /// Revision of the engine's protocol, `3` or `4`.
+    #[serde(rename = "EIO")]
+    pub revision: Option<String>,
+    /// `polling` or `websocket`.
+    pub transport: Option<String>,
+    /// The engine's session, in all but the first request.
+    pub sid: Option<String>,
+    /// The caller's token, of clients that have no `auth`.
+    pub token: Option<String>,
+    /// The session to take over.
+    pub session: Option<String>,
+    /// The last ids that the client has, as JSON.
+    pub resume: Option<String>,
+}
+
+/// The parameters of a request. A query that cannot be read is as good as none.
+pub fn params(uri: &http::Uri) -> Params {
+    Query::<Params>::try_from_uri(uri).map(|Query(params)| params).unwrap_or_default()
+}
+
+/// Who opened a session of revision 3; in the request's extensions.
+#[derive(Debug, Clone)]
+pub struct OpenedBy(pub Caller);
+
+/// Serves a request under `/socket.io/`.
+pub async fn serve<S>(
+    app: Arc<App>,
+    inner: SocketIoService<S>,
+    request: Request,
+) -> Response
+where
+    SocketIoService<S>: tower::Service<Request, Error = std::convert::Infallible> + Clone,
+    <SocketIoService<S> as tower::Service<Request>>::Response: IntoBodyResponse,
+{
+    match exchange(&app, inner, request).await {
+        Ok(response) => response,
+        Err(error) => error.into_response(),
+    }
+}
+
+/// A response whose body can become any body.
+pub trait IntoBodyResponse {
+    /// Changes the body's type.
+    fn into_body_response(self) -> Response;
+}
+
+impl<B> IntoBodyResponse for http::Response<B>
+where
+    B: http_body_util::BodyExt<Data = bytes::Bytes> + Send + 'static,
+    B::Error: Into<axum::BoxError>,
+{
+    fn into_body_response(self) -> Response {
+        self.map(Body::new)
+    }
+}
+
+async fn exchange<S>(
+    app: &Arc<App>,
+    inner: SocketIoService<S>,
+    mut request: Request,
+) -> Result<Response, ApiError>
+where
+    SocketIoService<S>: tower::Service<Request, Error = std::convert::Infallible> + Clone,
+    <SocketIoService<S> as tower::Service<Request>>::Response: IntoBodyResponse,
+{
+    let params = params(request.uri());
+    let revision = match params.revision.as_deref() {
+        Some("3") => Revision::V3,
+        Some("4") => Revision::V4,
+        _ => return Err(ApiError::bad_request("Unsupported protocol version: EIO must be 3 or 4")),
+    };
+    let websocket = params.transport.as_deref() == Some("websocket");
+    let handle = request.extensions().get::<Arc<Handle>>().cloned();
+    if let (true, Some(handle)) = (websocket, &handle) {
+        handle.expect_upgrade(revision);
+    }
+    let Some(sid) = params.sid else {
+        if revision == Revision::V3 {
+            // These clients understand only a refusal by HTTP status.
+            let token = params.token.ok_or_else(ApiError::token_missing)?;
+            let caller = app.authenticate(&token).await?;
+            request.extensions_mut().insert(OpenedBy(caller));
+        }
+        let response = call(inner, request).await;
+        return if websocket { Ok(response) } else { open(app, response).await };
+    };
+    let Some(session) = app.sessions.get(&sid) else {
+        // Unknown here: socketioxide knows how to say so.
+        return Ok(call(inner, request).await);
+    };
+    if session.killed() {
+        return Ok(unknown_session());
+    }
+    if websocket {
+        *session.websocket.lock() = handle;
+        return Ok(call(inner, request).await);
+    }
+    match *request.method() {
+        Method::POST => {
+            let request = read_post(&session, revision, request).await?;
+            Ok(call(inner, request).await)
+        }
+        Method::GET => {
+            let response = tokio::select! {
+                response = call(inner, request) => response,
+                () = session.killed.cancelled() => return Ok(unknown_session()),
+            };
+            answer_poll(&session, revision, response).await
+        }
+        _ => Ok(call(inner, request).await),
+    }
+}
+
+async fn call<S>(inner: SocketIoService<S>, request: Request) -> Response
+where
+    SocketIoService<S>: tower::Service<Request, Error = std::convert::Infallible> + Clone,
+    <SocketIoService<S> as tower::Service<Request>>::Response: IntoBodyResponse,
+{
+    match inner.oneshot(request).await {
+        Ok(response) => response.into_body_response(),
+        Err(never) => match never {},
+    }
+}
+
+/// The answer that makes a client open a new session.
+fn unknown_session() -> Response {
+    let body = axum::Json(json!({ "code": 1, "message": "Session ID unknown" }));
+    (StatusCode::BAD_REQUEST, [(header::CONNECTION, "close")], body).into_response()
+}
+
+/// Notes the id of a session that was opened by polling.
+async fn open(app: &App, response: Response) -> Result<Response, ApiError> {
+    let (parts, body) = response.into_parts();
+    let bytes = body.collect().await.map_err(|_| ApiError::internal())?.to_bytes();
+    if parts.status == StatusCode::OK
+        && let Some(sid) = opened_sid(&bytes)
+    {
+        app.sessions.opened(sid);
+    }
+    Ok(Response::from_parts(parts, Body::from(bytes)))
+}
+
+/// The session id in an open packet: `0{"sid":"…",…}`, after a length and colon in revision 3.
+fn opened_sid(packet: &[u8]) -> Option<String> {
+    #[derive(Deserialize)]
+    struct Open {
+        sid: String,
+    }
+    let from = packet.iter().position(|byte| *byte == b'{')?;
+    serde_json::from_slice::<Open>(packet.get(from..)?).ok().map(|open| open.sid)
+}
+
+async fn read_post(
+    session: &EngineSession,
+    revision: Revision,
+    request: Request,
+) -> Result<Request, ApiError> {
+    let (mut parts, body) = request.into_parts();
+    let read = Limited::new(body, MAX_PAYLOAD).collect();
+    let bytes = match tokio::time::timeout(BODY_TIMEOUT, read).await {
+        Ok(Ok(collected)) => collected.to_bytes(),
+        Ok(Err(error)) if error.is::<LengthLimitError>() => return Err(ApiError::too_large()),
+        Ok(Err(_)) => return Err(ApiError::bad_request("The body ended early")),
+        Err(_) => return Err(ApiError::timeout()),
+    };
+    if eio3::heartbeats_in(&bytes, revision) {
+        session.heartbeats.note(Instant::now());
+    }
+    let mut repaired = None;
+    if revision == Revision::V3
+        && let Ok(text) = std::str::from_utf8(&bytes)
+    {
+        repaired = eio3::decode_post(text, &mut session.utf8.lock());
+    }
+    let body = match repaired {
+        Some(text) => {
+            parts.headers.insert(header::CONTENT_LENGTH, text.len().into());
+            Body::from(text)
+        }
+        None => Body::from(bytes),
+    };
+    Ok(Request::from_parts(parts, body))
+}
+
+async fn answer_poll(
+    session: &EngineSession,
+    revision: Revision,
+    response: Response,
+) -> Result<Response, ApiError> {
+    let (mut parts, body) = response.into_parts();
+    let bytes = body.collect().await.map_err(|_| ApiError::internal())?.to_bytes();
+    let is_text =
+        parts.headers.get(header::CONTENT_TYPE).is_some_and(|t| t.as_bytes().starts_with(b"text"));
+    let escaped = match std::str::from_utf8(&bytes) {
+        Ok(text) if revision == Revision::V3 && is_text => eio3::escape_payload(text),
+        _ => None,
+    };
+    let body = match escaped {
+        Some(text) => {
+            parts.headers.insert(header::CONTENT_LENGTH, text.len().into());
+            bytes::Bytes::from(text)
+        }
+        None => bytes,
+    };
+    session.polled.fetch_add(body.len() as u64, Ordering::Relaxed);
+    Ok(Response::from_parts(parts, Body::from(body)))
+}
+
+/// The Socket.IO server with the limits and times of this deployment.
+pub fn socket_io(app: &App) -> (SocketIoService<socketioxide::service::NotFoundService>, SocketIo) {
+    use socketioxide::ParserConfig;
+    SocketIo::builder()
+        .req_path("/socket.io")
+        .ping_interval(Duration::from_secs(app.limits.ping_interval.into()))
+        .ping_timeout(Duration::from_secs(app.limits.ping_timeout.into()))
+        .connect_timeout(Duration::from_secs(10))
+        .max_buffer_size(1024)
+        .max_payload(MAX_PAYLOAD as u64)
+        .ws_max_message_size(MAX_PAYLOAD)
+        .ws_max_frame_size(MAX_PAYLOAD)
+        .ws_read_buffer_size(4096)
+        .with_parser(
+            ParserConfig::common()
+                .max_incoming_binaries(4)
+                .max_incoming_binary_buf_size(MAX_PAYLOAD),
+        )
+        .build_svc()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_id_of_an_opened_session_is_found_in_both_revisions() {
+        let packet = br#"0{"sid":"abc","upgrades":["websocket"],"pingInterval":1}"#;
+        assert_eq!(opened_sid(packet).as_deref(), Some("abc"));
+        let packet = br#"38:0{"sid":"abc","upgrades":["websocket"]}"#;
+        assert_eq!(opened_sid(packet).as_deref(), Some("abc"));
+        assert_eq!(opened_sid(b"nonsense"), None);
+    }
+}

@@ -1,0 +1,569 @@
+//! What one client does, in order: a task for each socket, fed by a bounded queue.
+//!
+//! It asks the registry for the name, gives a client that comes back what it missed, and then
+//! handles its events one after the other, so that their order holds.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use base64::Engine as _;
+use base64::prelude::BASE64_URL_SAFE_NO_PAD;
+use serde::Serialize;
+use serde_json::{Value, json};
+use sha2::{Digest as _, Sha256};
+use socketioxide::extract::AckSender;
+use socketioxide::socket::DisconnectReason;
+use tokio::sync::{mpsc, oneshot};
+
+use super::events::{self, Credentials, Payload, Refusal, acknowledge, nothing, refuse};
+use super::wire::Connection;
+use crate::control::{Command, Ending, FromWorker, JoinedElsewhere, Reply};
+use crate::limits::{Bucket, Limit};
+use crate::presence::Status;
+use crate::routing::RoutingKey;
+use crate::store::{Message, NewMessage, PAGE_LIMIT, Range};
+use crate::worker::App;
+use crate::worker::dispatch::{Attach, Attached, Item, Local, Purpose};
+use crate::worker::http::channels::{HISTORY, Member};
+use crate::worker::http::messages;
+use crate::worker::http::token::Caller;
+use crate::worker::link::{Away, Link};
+
+/// How long a replay waits for a client that does not read.
+const REPLAY_PATIENCE: Duration = Duration::from_secs(30);
+
+/// How long a replay waits before it looks again whether the socket's buffer has room. The
+/// engine tells nobody.
+const REPLAY_PAUSE: Duration = Duration::from_millis(10);
+
+/// How often a join reads on before it gives up: each time the feed moved on meanwhile.
+const ATTEMPTS: usize = 20;
+
+/// Typing notices a second, and at once; more are dropped.
+const TYPING: (f64, u32) = (2.0, 5);
+
+/// What a session's queue holds.
+pub enum Input {
+    /// The client sent an event.
+    Event {
+        /// Its name.
+        name: String,
+        /// Its first argument, if that could be read.
+        data: Option<Value>,
+        /// The way back.
+        ack: AckSender,
+    },
+    /// A join by REST.
+    Attach {
+        /// Of the master's request.
+        id: u64,
+        /// Key of the channel.
+        channel: String,
+        /// Whether the user was not in it before.
+        fresh: bool,
+    },
+    /// The socket is gone.
+    Disconnected(DisconnectReason),
+}
+
+/// The answer to a join, but for what is added last.
+pub struct JoinAnswer {
+    history: Vec<Message>,
+    more: bool,
+    reset: bool,
+    fresh: bool,
+    to: AnswerTo,
+}
+
+/// Who gets it.
+enum AnswerTo {
+    Client(AckSender),
+    /// The master, for a worker that was asked by REST.
+    Master { id: u64, link: Link },
+}
+
+/// The answer to `channel:join`.
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Joined {
+    messages: Vec<String>,
+    online_users: Vec<Member>,
+    last: u64,
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    more: bool,
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    reset: bool,
+}
+
+impl JoinAnswer {
+    /// Whether the user was not in the channel before.
+    pub fn fresh(&self) -> bool {
+        self.fresh
+    }
+
+    /// Sends it, with the messages that the feed had beyond the history.
+    pub fn send(
+        self,
+        _wire: &Connection,
+        missed: &[Arc<Message>],
+        last: u64,
+        online: Vec<(String, Status)>,
+    ) {
+        let mut history = self.history;
+        history.extend(missed.iter().map(|message| Message::clone(message)));
+        let most = PAGE_LIMIT as usize;
+        let surplus = history.len().saturating_sub(most);
+        history.drain(..surplus);
+        match self.to {
+            AnswerTo::Client(ack) => acknowledge(
+                ack,
+                &Joined {
+                    messages: messages::as_strings(&history),
+                    online_users: Member::list(online),
+                    last,
+                    more: self.more || surplus > 0,
+                    reset: self.reset,
+                },
+            ),
+            AnswerTo::Master { id, link } => {
+                // The latest ones are what a join by REST shows.
+                let surplus = history.len().saturating_sub(HISTORY as usize);
+                history.drain(..surplus);
+                let outcome = JoinedElsewhere::Joined { messages: history, online };
+                link.tell(FromWorker::Attached { id, outcome });
+            }
+        }
+    }
+}
+
+impl AnswerTo {
+    fn refuse(self, refusal: &Refusal) {
+        match self {
+            Self::Client(ack) => refuse(ack, refusal),
+            Self::Master { id, link } => {
+                let outcome = JoinedElsewhere::Unavailable;
+                link.tell(FromWorker::Attached { id, outcome });
+            }
+        }
+    }
+}
+
+/// A client's session on this worker.
+pub struct Session {
+    app: Arc<App>,
+    user: String,
+    connection: Arc<str>,
+    wire: Arc<Connection>,
+    credentials: Credentials,
+    /// To its own queue, for the dispatch loop.
+    inputs: mpsc::Sender<Input>,
+    generation: u64,
+    /// Up to when the client has everything, as far as was known when it connected: Unix time,
+    /// milliseconds.
+    confirmed: i64,
+    /// The channels that it is in.
+    joined: HashSet<String>,
+    posts: Bucket,
+    /// Everything else that the registry or the store has work with.
+    requests: Bucket,
+    typing: Bucket,
+}
+
+/// How the part before the first event went.
+enum Entrance {
+    Admitted { resumed: bool, channels: Vec<(String, i64)>, secret: String },
+    /// The name is taken.
+    Refused,
+    /// The master did not answer.
+    Failed,
+}
+
+impl Session {
+    /// A session for an authenticated socket.
+    pub fn new(
+        app: Arc<App>,
+        caller: Caller,
+        wire: Arc<Connection>,
+        credentials: Credentials,
+        inputs: mpsc::Sender<Input>,
+    ) -> Self {
+        let rate = app.limits.post_rate;
+        let limit = if rate == 0 {
+            Limit::UNLIMITED
+        } else {
+            Limit::new(f64::from(rate), rate.saturating_mul(3))
+        };
+        let connection = app.next_connection();
+        Self {
+            app,
+            user: caller.name,
+            connection,
+            wire,
+            credentials,
+            inputs,
+            generation: 0,
+            confirmed: 0,
+            joined: HashSet::new(),
+            posts: Bucket::new(limit),
+            requests: Bucket::new(limit),
+            typing: Bucket::new(Limit::new(TYPING.0, TYPING.1)),
+        }
+    }
+
+    /// Runs until the socket is gone.
+    pub async fn run(mut self, mut inputs: mpsc::Receiver<Input>) {
+        let local = Local {
+            connection: self.connection.clone(),
+            user: self.user.as_str().into(),
+            wire: self.wire.clone(),
+            session: self.inputs.clone(),
+            spare_own: self.credentials.resume.is_none(),
+        };
+        if self.app.dispatch.send(Item::Arrived(local)).await.is_none() {
+            return;
+        }
+        match self.enter().await {
+            Entrance::Admitted { resumed, channels, secret } => {
+                if self.welcome(resumed, channels, secret).await.is_err() {
+                    // It comes back and finds its session waiting.
+                    self.wire.kill();
+                }
+            }
+            Entrance::Refused => {
+                tracing::info!(event = "name_taken", user = self.user, client = %self.wire.client());
+                self.wire.emit("name_taken", &nothing());
+                self.wire.dismiss();
+            }
+            Entrance::Failed => self.wire.kill(),
+        }
+        let reason = self.handle_inputs(&mut inputs).await;
+        // What still came is answered by nobody.
+        inputs.close();
+        self.app.dispatch.send(Item::Departed(self.connection.clone())).await;
+        if self.generation > 0 {
+            self.leave(reason).await;
+        }
+    }
+
+    /// Asks for the name.
+    async fn enter(&mut self) -> Entrance {
+        let secret = BASE64_URL_SAFE_NO_PAD.encode(rand::random::<[u8; 24]>());
+        let command = Command::Connect {
+            user: self.user.clone(),
+            connection: self.connection.to_string(),
+            address: RoutingKey::of(self.wire.client()).to_string(),
+            secret: digest(&secret),
+            claim: self.credentials.session.as_deref().map(digest),
+        };
+        match self.app.link.command(command).await {
+            Ok(Reply::Connected { generation, resumed, channels, confirmed }) => {
+                self.generation = generation;
+                self.confirmed = confirmed;
+                self.joined = channels.iter().map(|(channel, _)| channel.clone()).collect();
+                Entrance::Admitted { resumed, channels, secret }
+            }
+            Ok(Reply::NameTaken) => Entrance::Refused,
+            Ok(_) | Err(Away) => Entrance::Failed,
+        }
+    }
+
+    /// Says `logged_in`, and gives a client that comes back what it missed, before anything new.
+    async fn welcome(
+        &self,
+        resumed: bool,
+        channels: Vec<(String, i64)>,
+        secret: String,
+    ) -> Result<(), Refusal> {
+        let mut last = HashMap::new();
+        for (channel, _) in &channels {
+            last.insert(channel.as_str(), self.app.dispatch.open(channel).await?);
+        }
+        let listed: Vec<Value> = channels
+            .iter()
+            .map(|(key, _)| json!({ "key": key, "last": last.get(key.as_str()) }))
+            .collect();
+        let hello = json!({ "session": secret, "resumed": resumed, "channels": listed });
+        self.wire.emit("logged_in", &hello);
+        tracing::info!(
+            event = "logged_in",
+            user = self.user,
+            client = %self.wire.client(),
+            resumed,
+        );
+        let mut places = Vec::with_capacity(channels.len());
+        for (channel, since) in &channels {
+            let named = self.credentials.resume.as_ref().and_then(|ids| {
+                ids.iter().find(|(key, _)| key == channel).map(|(_, id)| *id)
+            });
+            let id = match named {
+                // An id that the channel never gave out names nothing: only what is new follows.
+                Some(id) => id.min(last.get(channel.as_str()).copied().unwrap_or(id)),
+                None => {
+                    let known = self.confirmed.max(*since);
+                    self.app.store.last_before(channel, known).await?
+                }
+            };
+            places.push((channel.clone(), id));
+        }
+        self.resume(places).await
+    }
+
+    /// Emits what came after these places, and puts the socket into the rooms.
+    async fn resume(&self, mut places: Vec<(String, u64)>) -> Result<(), Refusal> {
+        let deadline = Instant::now() + REPLAY_PATIENCE;
+        loop {
+            for (channel, id) in &mut places {
+                loop {
+                    let range = Range::After { id: *id, limit: PAGE_LIMIT };
+                    let page = self.app.store.read(channel, range).await?;
+                    let complete = page.messages.len() < PAGE_LIMIT as usize;
+                    for message in &page.messages {
+                        self.replay(message, deadline).await?;
+                        *id = message.id;
+                    }
+                    if complete {
+                        *id = (*id).max(page.last);
+                        break;
+                    }
+                }
+            }
+            match self.attach(places, Purpose::Resume).await {
+                Some(Attached::Again(reached, _)) => places = reached,
+                Some(Attached::Done | Attached::Gone) | None => return Ok(()),
+            }
+            if Instant::now() > deadline {
+                return Err(Refusal::unavailable());
+            }
+            tokio::time::sleep(REPLAY_PAUSE).await;
+        }
+    }
+
+    /// Emits one missed message, as soon as the socket has room for it.
+    async fn replay(&self, message: &Message, deadline: Instant) -> Result<(), Refusal> {
+        if self.credentials.resume.is_none() && message.user == self.user {
+            return Ok(());
+        }
+        while !self.wire.try_emit("message:post", &*message.event) {
+            if Instant::now() > deadline {
+                return Err(Refusal::unavailable());
+            }
+            tokio::time::sleep(REPLAY_PAUSE).await;
+        }
+        Ok(())
+    }
+
+    async fn attach(&self, channels: Vec<(String, u64)>, purpose: Purpose) -> Option<Attached> {
+        let (outcome, answer) = oneshot::channel();
+        let connection = self.connection.clone();
+        let attach = Attach { connection, channels, purpose, outcome };
+        self.app.dispatch.send(Item::Attach(attach)).await?;
+        answer.await.ok()
+    }
+
+    /// Handles what comes, until the socket is gone.
+    async fn handle_inputs(&mut self, inputs: &mut mpsc::Receiver<Input>) -> DisconnectReason {
+        while let Some(input) = inputs.recv().await {
+            match input {
+                Input::Disconnected(reason) => return reason,
+                // Without a session there is nothing that it may do.
+                Input::Event { ack, .. } if self.generation == 0 || self.wire.is_superseded() => {
+                    refuse(ack, &Refusal::superseded());
+                }
+                Input::Event { name, data, ack } => self.event(&name, data, ack).await,
+                Input::Attach { id, channel, fresh } => {
+                    self.joined.insert(channel.clone());
+                    let to = AnswerTo::Master { id, link: self.app.link.clone() };
+                    self.put_into_room(channel, None, fresh, to).await;
+                }
+            }
+        }
+        DisconnectReason::TransportError
+    }
+
+    async fn event(&mut self, name: &str, data: Option<Value>, ack: AckSender) {
+        let answer = match name {
+            "message:post" => self.post(data).await,
+            "user : left" => self.leave_channel(data).await,
+            "user : status_changed" => self.change_status(data).await,
+            "channel:typing" => self.type_in(data).await,
+            "channel:join" => return self.join(data, ack).await,
+            _ => Err(Refusal::bad_payload(format!("There is no event {name:.64}"))),
+        };
+        match answer {
+            Ok(answer) => acknowledge(ack, &answer),
+            Err(refusal) => refuse(ack, &refusal),
+        }
+    }
+
+    async fn post(&mut self, data: Option<Value>) -> Result<Value, Refusal> {
+        let post = Payload::new(data)?.post(self.app.limits.max_message)?;
+        self.must_be_in(&post.channel)?;
+        self.posts.try_take(Instant::now()).map_err(Refusal::rate_limited)?;
+        let client_nonce = post.nonce.is_some();
+        let nonce = post.nonce.unwrap_or_else(|| self.app.next_nonce());
+        let message = NewMessage {
+            channel: post.channel,
+            user: self.user.clone(),
+            message: post.message,
+            nonce,
+            client_nonce,
+            sender: self.connection.to_string(),
+        };
+        let posted = self.app.store.post(message).await?;
+        Ok(json!({ "id": posted.id, "date": posted.date }))
+    }
+
+    async fn leave_channel(&mut self, data: Option<Value>) -> Result<Value, Refusal> {
+        let channel = Payload::new(data)?.channel()?;
+        self.must_be_in(&channel)?;
+        let (user, generation) = (self.user.clone(), self.generation);
+        self.request(Command::Leave { user, generation, channel: channel.clone() }).await?;
+        self.joined.remove(&channel);
+        Ok(nothing())
+    }
+
+    async fn change_status(&mut self, data: Option<Value>) -> Result<Value, Refusal> {
+        let mut payload = Payload::new(data)?;
+        let channel = payload.channel()?;
+        let status = payload.status()?;
+        self.must_be_in(&channel)?;
+        let (user, generation) = (self.user.clone(), self.generation);
+        self.request(Command::SetStatus { user, generation, channel, status }).await?;
+        Ok(nothing())
+    }
+
+    async fn type_in(&mut self, data: Option<Value>) -> Result<Value, Refusal> {
+        let channel = Payload::new(data)?.channel()?;
+        self.must_be_in(&channel)?;
+        if self.typing.try_take(Instant::now()).is_ok() {
+            self.app.store.typing(&channel, &self.user).await?;
+        }
+        Ok(nothing())
+    }
+
+    async fn join(&mut self, data: Option<Value>, ack: AckSender) {
+        let joining = async {
+            let mut payload = Payload::new(data)?;
+            let channel = payload.channel()?;
+            let after = payload.after()?;
+            let (user, generation) = (self.user.clone(), self.generation);
+            let command = Command::Join { user, generation, channel: channel.clone() };
+            let fresh = matches!(self.request(command).await?, Reply::Joined { fresh: true });
+            self.joined.insert(channel.clone());
+            Ok((channel, after, fresh))
+        };
+        match joining.await {
+            Ok((channel, after, fresh)) => {
+                self.put_into_room(channel, after, fresh, AnswerTo::Client(ack)).await;
+            }
+            Err(refusal) => refuse(ack, &refusal),
+        }
+    }
+
+    fn must_be_in(&self, channel: &str) -> Result<(), Refusal> {
+        if self.joined.contains(channel) { Ok(()) } else { Err(Refusal::not_joined()) }
+    }
+
+    /// Has the registry decide something.
+    async fn request(&mut self, command: Command) -> Result<Reply, Refusal> {
+        self.requests.try_take(Instant::now()).map_err(Refusal::rate_limited)?;
+        match self.app.link.command(command).await? {
+            Reply::NotJoined => Err(Refusal::not_joined()),
+            Reply::TooManyChannels => Err(Refusal::too_many_channels()),
+            Reply::Superseded => Err(Refusal::superseded()),
+            reply => Ok(reply),
+        }
+    }
+
+    /// Reads a channel's history and puts the socket into its room right behind it.
+    async fn put_into_room(
+        &self,
+        channel: String,
+        after: Option<u64>,
+        fresh: bool,
+        to: AnswerTo,
+    ) {
+        let mut to = to;
+        for _ in 0..ATTEMPTS {
+            let (history, last, more, reset) = match self.history(&channel, after).await {
+                Ok(read) => read,
+                Err(refusal) => return to.refuse(&refusal),
+            };
+            let answer = Box::new(JoinAnswer { history, more, reset, fresh, to });
+            let place = vec![(channel.clone(), last)];
+            match self.attach(place, Purpose::Join(answer)).await {
+                Some(Attached::Again(_, Purpose::Join(answer))) => to = answer.to,
+                _ => return,
+            }
+        }
+        to.refuse(&Refusal::unavailable());
+    }
+
+    /// The history that a join shows, the channel's last id then, whether more was missed, and
+    /// whether the id named lies beyond the last.
+    async fn history(
+        &self,
+        channel: &str,
+        after: Option<u64>,
+    ) -> Result<(Vec<Message>, u64, bool, bool), Refusal> {
+        // First the subscription, then the history: nothing falls between them.
+        self.app.dispatch.open(channel).await?;
+        let latest = |end| Range::Latest { start: 0, end };
+        let most = u64::from(PAGE_LIMIT);
+        let wanted = if after.is_some() { most } else { HISTORY };
+        let page = self.app.store.read(channel, latest(wanted)).await?;
+        match after {
+            Some(id) if id > page.last => {
+                let page = self.app.store.read(channel, latest(HISTORY)).await?;
+                Ok((page.messages, page.last, false, true))
+            }
+            Some(id) => {
+                let oldest = page.messages.first().map_or(0, |message| message.id);
+                let full = page.messages.len() >= PAGE_LIMIT as usize;
+                let more = full && oldest > id + 1;
+                let missed = page.messages.into_iter().filter(|m| m.id > id).collect();
+                Ok((missed, page.last, more, false))
+            }
+            None => Ok((page.messages, page.last, false, false)),
+        }
+    }
+
+    /// Tells the registry that the connection is gone.
+    async fn leave(&self, reason: DisconnectReason) {
+        let ending = self.ending(&reason);
+        tracing::info!(
+            event = "disconnected",
+            user = self.user,
+            client = %self.wire.client(),
+            ?reason,
+            lost = ending != Ending::Ended,
+        );
+        let (user, generation) = (self.user.clone(), self.generation);
+        let command = Command::Disconnect { user, generation, ending };
+        // It fails only when the worker stops, and then the master sees that.
+        let _ = self.app.link.insist(command).await;
+    }
+
+    fn ending(&self, reason: &DisconnectReason) -> Ending {
+        let patience = self.app.silence();
+        let chosen = match reason {
+            DisconnectReason::ClientNSDisconnect => true,
+            DisconnectReason::TransportClose => self.wire.closed_by_choice(patience),
+            _ => false,
+        };
+        if chosen && !self.wire.is_superseded() {
+            return Ending::Ended;
+        }
+        // Without a heartbeat seen, it is alive two rounds of them that proves receipt.
+        let rounds = i64::try_from(patience.as_millis().saturating_mul(2)).unwrap_or(i64::MAX);
+        let now = jiff::Timestamp::now().as_millisecond();
+        let confirmed = self.wire.confirmed().unwrap_or(now.saturating_sub(rounds));
+        Ending::Lost { confirmed: Some(confirmed.max(self.confirmed)) }
+    }
+}
+
+/// Secrets of sessions travel and are kept as digests only.
+fn digest(secret: &str) -> String {
+    BASE64_URL_SAFE_NO_PAD.encode(Sha256::digest(secret.as_bytes()))
+}
