@@ -5,8 +5,14 @@
 
 pub mod cli;
 pub mod handoff;
+pub mod health;
+pub mod secret;
+pub mod serve;
 pub mod store;
 pub mod systemd;
+pub mod telemetry;
+
+use std::io::Write;
 
 /// Something that the operator has to mend: restarting does not help.
 ///
@@ -21,4 +27,13 @@ impl ConfigError {
     pub fn new(text: impl std::fmt::Display) -> Self {
         Self(text.to_string())
     }
+}
+
+/// Prints a line to stdout.
+///
+/// Unlike `println!` it does not panic where nobody reads, as in `banter health | true`: who closed
+/// the pipe does not want to know.
+pub fn print_line(line: &str) {
+    let mut stdout = std::io::stdout().lock();
+    let _ = writeln!(stdout, "{line}").and_then(|()| stdout.flush());
 }
