@@ -123,6 +123,22 @@ pub struct LimitArgs {
     pub ping_timeout: u32,
 }
 
+impl LimitArgs {
+    /// The environment variables that give another process the same limits.
+    pub fn env(&self) -> [(&'static str, String); 8] {
+        [
+            ("BANTER_AUTH_RATE", self.auth_rate.to_string()),
+            ("BANTER_POST_RATE", self.post_rate.to_string()),
+            ("BANTER_MAX_CONNECTIONS", self.max_connections.to_string()),
+            ("BANTER_MAX_PER_ADDRESS", self.max_per_address.to_string()),
+            ("BANTER_MAX_MESSAGE", self.max_message.to_string()),
+            ("BANTER_GRACE", self.grace.to_string()),
+            ("BANTER_PING_INTERVAL", self.ping_interval.to_string()),
+            ("BANTER_PING_TIMEOUT", self.ping_timeout.to_string()),
+        ]
+    }
+}
+
 /// `banter serve`.
 #[derive(Debug, Clone, Args)]
 pub struct ServeArgs {
@@ -187,4 +203,31 @@ pub struct HealthArgs {
     /// Seconds to wait for the answer.
     #[arg(long, default_value_t = 5, value_name = "SECONDS")]
     pub timeout: u32,
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use clap::{Args as _, FromArgMatches};
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        <Cli as clap::CommandFactory>::command().debug_assert();
+    }
+
+    #[test]
+    fn every_limit_reaches_a_child_by_its_own_variable() {
+        let command = LimitArgs::augment_args(clap::Command::new("test"));
+        let mut expected = BTreeMap::new();
+        let mut line = vec!["test".to_owned()];
+        for (value, arg) in (100..).zip(command.get_arguments()) {
+            line.push(format!("--{}={value}", arg.get_long().unwrap()));
+            expected.insert(arg.get_env().unwrap().to_str().unwrap(), value.to_string());
+        }
+        let args = LimitArgs::from_arg_matches(&command.clone().get_matches_from(line)).unwrap();
+        assert_eq!(BTreeMap::from(args.env()), expected);
+    }
 }

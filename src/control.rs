@@ -6,8 +6,10 @@
 //! they answer.
 
 use bytes::Bytes;
+use futures_util::SinkExt;
 use serde::{Deserialize, Serialize};
-use tokio_util::codec::LengthDelimitedCodec;
+use tokio::io::AsyncWrite;
+use tokio_util::codec::{FramedWrite, LengthDelimitedCodec};
 
 use crate::presence::{Numbered, Position, Snapshot, Status};
 use crate::store::{
@@ -49,6 +51,16 @@ pub fn encode<T: Serialize>(frame: &T) -> Result<Bytes, FrameError> {
 pub fn decode<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Result<T, FrameError> {
     serde_json::from_slice(bytes)
         .map_err(|source| FrameError::Malformed { length: bytes.len(), source })
+}
+
+/// Sends what has been fed to the stream.
+///
+/// # Errors
+/// Those of the stream.
+pub async fn flush<W: AsyncWrite + Unpin>(
+    writer: &mut FramedWrite<W, LengthDelimitedCodec>,
+) -> std::io::Result<()> {
+    SinkExt::<Bytes>::flush(writer).await
 }
 
 /// What a worker says first.

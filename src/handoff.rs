@@ -301,11 +301,16 @@ impl Listener {
 ///
 /// As [`Listener::bind`].
 pub fn bind_fd(path: &Path) -> Result<OwnedFd, HandoffError> {
+    bind_unix(path, SocketType::SEQPACKET)
+}
+
+/// A non-blocking unix socket that listens at `path`; see [`Listener::bind`].
+pub(crate) fn bind_unix(path: &Path, kind: SocketType) -> Result<OwnedFd, HandoffError> {
     let at_path = |errno: Errno| HandoffError::at(path, errno);
     let address = SocketAddrUnix::new(path).map_err(at_path)?;
-    let fd = seqpacket().map_err(at_path)?;
+    let fd = unix_socket(kind).map_err(at_path)?;
     match rustix::net::bind(&fd, &address) {
-        Err(Errno::ADDRINUSE) if is_abandoned(&address) => {
+        Err(Errno::ADDRINUSE) if is_abandoned(&address, kind) => {
             std::fs::remove_file(path).map_err(|error| HandoffError::at(path, error))?;
             rustix::net::bind(&fd, &address).map_err(at_path)?;
         }
@@ -316,17 +321,13 @@ pub fn bind_fd(path: &Path) -> Result<OwnedFd, HandoffError> {
 }
 
 /// Whether the socket file at `address` outlived its process.
-fn is_abandoned(address: &SocketAddrUnix) -> bool {
-    seqpacket().and_then(|fd| rustix::net::connect(&fd, address)) == Err(Errno::CONNREFUSED)
+fn is_abandoned(address: &SocketAddrUnix, kind: SocketType) -> bool {
+    unix_socket(kind).and_then(|fd| rustix::net::connect(&fd, address)) == Err(Errno::CONNREFUSED)
 }
 
-fn seqpacket() -> rustix::io::Result<OwnedFd> {
-    rustix::net::socket_with(
-        AddressFamily::UNIX,
-        SocketType::SEQPACKET,
-        SocketFlags::CLOEXEC | SocketFlags::NONBLOCK,
-        None,
-    )
+fn unix_socket(kind: SocketType) -> rustix::io::Result<OwnedFd> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    rustix::net::socket_with(AddressFamily::UNIX, kind, flags, None)
 }
 
 /// The master's end of the socket to one worker.
@@ -404,7 +405,7 @@ impl WorkerEnd {
     pub fn connect(path: &Path) -> Result<Self, HandoffError> {
         let at_path = |errno: Errno| HandoffError::at(path, errno);
         let address = SocketAddrUnix::new(path).map_err(at_path)?;
-        let fd = seqpacket().map_err(at_path)?;
+        let fd = unix_socket(SocketType::SEQPACKET).map_err(at_path)?;
         rustix::net::connect(&fd, &address).map_err(at_path)?;
         Ok(Self {
             socket: Socket::new(fd)?,

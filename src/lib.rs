@@ -18,6 +18,8 @@ pub mod systemd;
 pub mod telemetry;
 pub mod worker;
 
+use std::io::Write;
+
 /// Something that the operator has to mend: restarting does not help.
 ///
 /// `main` exits with 78 (`EX_CONFIG` of sysexits.h) where one is in an error's chain, and `banter
@@ -31,4 +33,13 @@ impl ConfigError {
     pub fn new(text: impl std::fmt::Display) -> Self {
         Self(text.to_string())
     }
+}
+
+/// Prints a line to stdout.
+///
+/// Unlike `println!` it does not panic where nobody reads, as in `banter health | true`: who closed
+/// the pipe does not want to know.
+pub fn print_line(line: &str) {
+    let mut stdout = std::io::stdout().lock();
+    let _ = writeln!(stdout, "{line}").and_then(|()| stdout.flush());
 }

@@ -1,1 +1,69 @@
-fn main() {}
+//! The command line of Banter; everything else is in the library.
+
+use std::future::Future;
+use std::io::Write;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::Context;
+use clap::Parser;
+
+use banter::ConfigError;
+use banter::cli::{Cli, Command};
+use banter::{health, master, serve, telemetry, worker};
+
+/// How long work on blocking threads (the store, password hashes) may delay the end of a process.
+const BLOCKING_GRACE: Duration = Duration::from_secs(5);
+
+/// Exits with 0, or 1 for failures and for a server that is not healthy, 2 for a wrong command line
+/// (clap's), 78 for what the operator has to mend ([`ConfigError`]).
+fn main() -> ExitCode {
+    match run(Cli::parse()) {
+        Ok(code) => code,
+        Err(error) => {
+            let text = format!("{error:#}");
+            let line = text.lines().map(str::trim).collect::<Vec<_>>().join(" ");
+            // Nobody may be there to read it.
+            let _ = writeln!(std::io::stderr(), "banter: {line}");
+            match error.chain().any(|cause| cause.is::<ConfigError>()) {
+                true => ExitCode::from(serve::EXIT_CONFIG),
+                false => ExitCode::FAILURE,
+            }
+        }
+    }
+}
+
+fn run(cli: Cli) -> anyhow::Result<ExitCode> {
+    match cli.command {
+        Command::Serve(args) => {
+            telemetry::init(&cli.log, "supervisor")?;
+            serve::run(args, cli.log)?;
+        }
+        Command::Master(args) => {
+            serve::die_with_parent()?;
+            telemetry::init(&cli.log, "master")?;
+            block_on(master::run(args))?;
+        }
+        Command::Worker(args) => {
+            serve::die_with_parent()?;
+            telemetry::init(&cli.log, &format!("worker {}", args.number))?;
+            block_on(worker::run(args))?;
+        }
+        Command::Health(args) => {
+            if !health::run(&args)? {
+                return Ok(ExitCode::FAILURE);
+            }
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn block_on(role: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .context("cannot start the runtime")?;
+    let result = runtime.block_on(role);
+    runtime.shutdown_timeout(BLOCKING_GRACE);
+    result
+}

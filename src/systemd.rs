@@ -4,18 +4,21 @@
 use std::env;
 use std::ffi::OsString;
 use std::io;
-use std::net::TcpListener;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixListener;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use anyhow::anyhow;
 use listenfd::ListenFd;
+use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketType, sockopt};
 use sd_notify::NotifyState;
 
 use crate::ConfigError;
 use crate::cli;
+use crate::handoff::bind_unix;
 
 /// Name (`FileDescriptorName=`) of the TCP sockets that clients connect to; one or more.
 pub const NAME_CLIENTS: &str = "banter";
@@ -24,7 +27,15 @@ pub const NAME_CONTROL: &str = "banter-control";
 /// Name of the unix seqpacket socket for the hand-off of connections; exactly one.
 pub const NAME_HANDOFF: &str = "banter-handoff";
 
-/// The listening sockets that were passed in, all of them non-blocking and close-on-exec.
+/// Name of the control socket in the runtime directory.
+pub const CONTROL_SOCKET: &str = "control.sock";
+/// Name of the hand-off socket in the runtime directory.
+pub const HANDOFF_SOCKET: &str = "handoff.sock";
+
+/// Connections that may wait to be accepted, if `net.core.somaxconn` (4096 by default) allows.
+const BACKLOG: i32 = 4096;
+
+/// The listening sockets of a master, all of them non-blocking and close-on-exec.
 #[derive(Debug)]
 pub struct ListenSockets {
     /// Where clients connect; never empty. For [`tokio::net::TcpListener::from_std`].
@@ -143,6 +154,63 @@ impl ListenSockets {
             handoff,
         }))
     }
+
+    /// Binds the sockets where nobody passes them in: TCP on every address, IPv6 and IPv4, and
+    /// [`CONTROL_SOCKET`] and [`HANDOFF_SOCKET`] in `runtime_dir`, which must exist.
+    ///
+    /// `port` 0 is any free one.
+    ///
+    /// # Errors
+    ///
+    /// If the port is in use or not allowed, with a text that names it; if the sockets in
+    /// `runtime_dir` cannot be bound.
+    pub fn bind(port: u16, runtime_dir: &Path) -> anyhow::Result<Self> {
+        let clients = vec![bind_clients(port)?];
+        let control = bind_unix(&runtime_dir.join(CONTROL_SOCKET), SocketType::STREAM)?.into();
+        let handoff = bind_unix(&runtime_dir.join(HANDOFF_SOCKET), SocketType::SEQPACKET)?;
+        Ok(Self {
+            clients,
+            control,
+            handoff,
+        })
+    }
+}
+
+fn bind_clients(port: u16) -> anyhow::Result<TcpListener> {
+    let bound = listen((Ipv6Addr::UNSPECIFIED, port).into()).or_else(|error| {
+        // Where IPv6 is switched off.
+        match Errno::from_io_error(&error) {
+            Some(Errno::AFNOSUPPORT | Errno::ADDRNOTAVAIL) => {
+                listen((Ipv4Addr::UNSPECIFIED, port).into())
+            }
+            _ => Err(error),
+        }
+    });
+    bound.map_err(|error| match error.kind() {
+        io::ErrorKind::AddrInUse => anyhow!(
+            "port {port} is in use by another program; stop that one, or choose another port with \
+             --port (PORT)"
+        ),
+        io::ErrorKind::PermissionDenied => anyhow!(
+            "port {port} needs privileges; choose one from 1024 on with --port (PORT), or let \
+             systemd pass the socket in"
+        ),
+        _ => anyhow!("cannot listen on port {port}: {error}"),
+    })
+}
+
+fn listen(address: SocketAddr) -> io::Result<TcpListener> {
+    let domain = socket2::Domain::for_address(address);
+    let socket = socket2::Socket::new(domain, socket2::Type::STREAM, None)?;
+    if address.is_ipv6() {
+        socket.set_only_v6(false)?;
+    }
+    // Else connections of the last run in TIME_WAIT would keep the port.
+    socket.set_reuse_address(true)?;
+    socket.bind(&address.into())?;
+    socket.listen(BACKLOG)?;
+    socket.set_nonblocking(true)?;
+    Ok(socket.into())
 }
 
 /// The socket taken, if it is one that connections can be accepted from.
@@ -311,7 +379,6 @@ pub(crate) fn absolute(value: Option<OsString>) -> Option<PathBuf> {
 #[cfg(test)]
 mod tests {
     use std::os::unix::net::UnixStream;
-    use std::path::Path;
     use std::process::Command;
 
     use command_fds::{CommandFdExt, FdMapping};
@@ -544,6 +611,31 @@ mod tests {
             .told();
         assert_eq!(told, "false", "sockets for another process");
         assert_eq!(Reexec::new(NAME).told(), "false");
+    }
+
+    #[test]
+    fn sockets_bound_here_take_both_ip_versions_and_tell_a_port_in_use() {
+        let dir = tempfile::tempdir().unwrap();
+        let bound = ListenSockets::bind(0, dir.path()).unwrap();
+        let port = bound.clients[0].local_addr().unwrap().port();
+        std::net::TcpStream::connect((Ipv4Addr::LOCALHOST, port)).unwrap();
+        if bound.clients[0].local_addr().unwrap().is_ipv6() {
+            std::net::TcpStream::connect((Ipv6Addr::LOCALHOST, port)).unwrap();
+        }
+        UnixStream::connect(dir.path().join(CONTROL_SOCKET)).unwrap();
+
+        let other = tempfile::tempdir().unwrap();
+        let error = ListenSockets::bind(port, other.path())
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.starts_with(&format!("port {port} is in use")),
+            "{error}"
+        );
+        let error = ListenSockets::bind(0, dir.path()).unwrap_err().to_string();
+        assert!(error.contains(CONTROL_SOCKET), "{error}");
+        drop(bound);
+        ListenSockets::bind(port, dir.path()).expect("what is left of the last run is no obstacle");
     }
 
     #[test]

@@ -550,7 +550,7 @@ async fn serve_stream(
             if writer.feed(bytes).await.is_err() {
                 break;
             }
-            if frames_rx.is_empty() && writer.flush().await.is_err() {
+            if frames_rx.is_empty() && control::flush(&mut writer).await.is_err() {
                 break;
             }
         }

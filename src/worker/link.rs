@@ -279,7 +279,7 @@ impl Connector {
         for question in self.unanswered.values() {
             writer.feed(question.bytes.clone()).await?;
         }
-        writer.flush().await?;
+        control::flush(&mut writer).await?;
         self.connected.send_replace(true);
         *pause = RETRY.0;
         tracing::info!(event = "master_joined", "connected to the master");
@@ -305,7 +305,7 @@ impl Connector {
                             Err(_) => break,
                         }
                     }
-                    writer.flush().await?;
+                    control::flush(&mut writer).await?;
                 }
             }
         }

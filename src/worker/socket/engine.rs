@@ -6,6 +6,7 @@
 //! encoding of polling clients 1.x ([`super::eio3`]), and ending a session's transport.
 
 use std::collections::HashMap;
+use std::convert::Infallible;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -18,10 +19,10 @@ use http_body_util::{BodyExt as _, LengthLimitError, Limited};
 use parking_lot::Mutex;
 use serde::Deserialize;
 use serde_json::json;
-use socketioxide::SocketIo;
-use socketioxide::service::SocketIoService;
+use socketioxide::{ParserConfig, SocketIo};
 use tokio_util::sync::CancellationToken;
 use tower::ServiceExt as _;
+use tower::util::BoxCloneSyncService;
 
 use super::eio3::{self, Utf8Mode};
 use crate::worker::http::error::ApiError;
@@ -166,51 +167,26 @@ pub fn params(uri: &http::Uri) -> Params {
     Query::<Params>::try_from_uri(uri).map(|Query(params)| params).unwrap_or_default()
 }
 
+/// socketioxide, as a service.
+pub type Inner = BoxCloneSyncService<Request, Response, Infallible>;
+
 /// Who opened a session of revision 3; in the request's extensions.
 #[derive(Debug, Clone)]
 pub struct OpenedBy(pub Caller);
 
 /// Serves a request under `/socket.io/`.
-pub async fn serve<S>(
-    app: Arc<App>,
-    inner: SocketIoService<S>,
-    request: Request,
-) -> Response
-where
-    SocketIoService<S>: tower::Service<Request, Error = std::convert::Infallible> + Clone,
-    <SocketIoService<S> as tower::Service<Request>>::Response: IntoBodyResponse,
-{
+pub async fn serve(app: Arc<App>, inner: Inner, request: Request) -> Response {
     match exchange(&app, inner, request).await {
         Ok(response) => response,
         Err(error) => error.into_response(),
     }
 }
 
-/// A response whose body can become any body.
-pub trait IntoBodyResponse {
-    /// Changes the body's type.
-    fn into_body_response(self) -> Response;
-}
-
-impl<B> IntoBodyResponse for http::Response<B>
-where
-    B: http_body_util::BodyExt<Data = bytes::Bytes> + Send + 'static,
-    B::Error: Into<axum::BoxError>,
-{
-    fn into_body_response(self) -> Response {
-        self.map(Body::new)
-    }
-}
-
-async fn exchange<S>(
+async fn exchange(
     app: &Arc<App>,
-    inner: SocketIoService<S>,
+    inner: Inner,
     mut request: Request,
-) -> Result<Response, ApiError>
-where
-    SocketIoService<S>: tower::Service<Request, Error = std::convert::Infallible> + Clone,
-    <SocketIoService<S> as tower::Service<Request>>::Response: IntoBodyResponse,
-{
+) -> Result<Response, ApiError> {
     let params = params(request.uri());
     let revision = match params.revision.as_deref() {
         Some("3") => Revision::V3,
@@ -259,13 +235,9 @@ where
     }
 }
 
-async fn call<S>(inner: SocketIoService<S>, request: Request) -> Response
-where
-    SocketIoService<S>: tower::Service<Request, Error = std::convert::Infallible> + Clone,
-    <SocketIoService<S> as tower::Service<Request>>::Response: IntoBodyResponse,
-{
+async fn call(inner: Inner, request: Request) -> Response {
     match inner.oneshot(request).await {
-        Ok(response) => response.into_body_response(),
+        Ok(response) => response,
         Err(never) => match never {},
     }
 }
@@ -355,9 +327,8 @@ async fn answer_poll(
 }
 
 /// The Socket.IO server with the limits and times of this deployment.
-pub fn socket_io(app: &App) -> (SocketIoService<socketioxide::service::NotFoundService>, SocketIo) {
-    use socketioxide::ParserConfig;
-    SocketIo::builder()
+pub fn socket_io(app: &App) -> (Inner, SocketIo) {
+    let (service, io) = SocketIo::builder()
         .req_path("/socket.io")
         .ping_interval(Duration::from_secs(app.limits.ping_interval.into()))
         .ping_timeout(Duration::from_secs(app.limits.ping_timeout.into()))
@@ -372,7 +343,12 @@ pub fn socket_io(app: &App) -> (SocketIoService<socketioxide::service::NotFoundS
                 .max_incoming_binaries(4)
                 .max_incoming_binary_buf_size(MAX_PAYLOAD),
         )
-        .build_svc()
+        .build_svc();
+    let service = tower::service_fn(move |request: Request| {
+        let service = service.clone();
+        async move { service.oneshot(request).await.map(|response| response.map(Body::new)) }
+    });
+    (Inner::new(service), io)
 }
 
 #[cfg(test)]

@@ -16,7 +16,7 @@ use socketioxide::extract::AckSender;
 use socketioxide::socket::DisconnectReason;
 use tokio::sync::{mpsc, oneshot};
 
-use super::events::{self, Credentials, Payload, Refusal, acknowledge, nothing, refuse};
+use super::events::{Credentials, Payload, Refusal, acknowledge, nothing, refuse};
 use super::wire::Connection;
 use crate::control::{Command, Ending, FromWorker, JoinedElsewhere, Reply};
 use crate::limits::{Bucket, Limit};
