@@ -4,7 +4,7 @@
 
 const http = require('node:http');
 const net = require('node:net');
-const { within, until } = require('./wait.js');
+const { within, until, sleep } = require('./wait.js');
 
 const LIBRARIES = {
   1: require('sio1'),
@@ -75,6 +75,8 @@ class Client {
     /** connect, connect_error, disconnect as `{what, detail, at}` (at: the log's length then). */
     this.life = [];
     this.connections = 0;
+    /** By connection (counted from 1): the last ids that were named to the server, if any. */
+    this.named = [];
     /** Per channel: ids known from events, acks and joins. */
     this.known = new Map();
     this.watchers = new Set();
@@ -106,6 +108,7 @@ class Client {
     const resume = this.keepUp && this.connections > 0 ? this.lastIds() : this.resume;
     const all = { token, session, resume };
     for (const key of Object.keys(all)) if (all[key] === undefined) delete all[key];
+    this.naming = resume;
     return all;
   }
 
@@ -126,7 +129,10 @@ class Client {
       this.stir();
     };
     const record = (what) => (detail) => {
-      if (what === 'connect') this.connections += 1;
+      if (what === 'connect') {
+        this.connections += 1;
+        this.named[this.connections] = this.naming;
+      }
       this.life.push({ what, detail, at: this.log.length });
       this.stir();
     };
@@ -247,6 +253,20 @@ class Client {
       await until(`${this} upgrades to WebSocket`, () => this.socket.io.engine.transport.name === 'websocket', 10_000);
     }
     return outcome.login.payload;
+  }
+
+  /** Opens it however often it is refused, until it is let in. */
+  async reopen({ deadline = 20_000 } = {}) {
+    const end = performance.now() + deadline;
+    for (;;) {
+      try {
+        return await this.open();
+      } catch (error) {
+        if (performance.now() > end) throw error;
+        await this.when('the refused connection ends', () => !this.socket.connected, 10_000);
+        await sleep(100);
+      }
+    }
   }
 
   /** Starts connecting without waiting for anything. */
