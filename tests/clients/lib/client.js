@@ -21,7 +21,9 @@ const TRANSPORTS = ['polling', 'websocket', 'upgrade'];
  */
 class Line extends http.Agent {
   constructor(localAddress) {
-    super({ keepAlive: true });
+    // As these libraries do in Node. Kept-alive connections would also trip over a bug of 4.x's XHR for
+    // Node, which repeats a request on a reset connection but never sends it.
+    super({ keepAlive: false });
     this.localAddress = localAddress;
     this.open = new Set();
     this.isCut = false;
