@@ -3,6 +3,7 @@
 
 const assert = require('node:assert');
 const { suite } = require('./lib/suite.js');
+const { assertLike } = require('./lib/like.js');
 const { SECRET } = require('./lib/banter.js');
 const { VERSIONS, TRANSPORTS, parseMessage } = require('./lib/client.js');
 const { sign } = require('./lib/jwt.js');
@@ -50,7 +51,7 @@ suite('chat', { workers: 1, env: { BANTER_GRACE: '2' } }, (scenario, banter) => 
         const joined = await world.restJoin(ann, key);
         assert.strictEqual(joined.key, key);
         assert.deepStrictEqual(joined.messages, []);
-        assert.deepStrictEqual(joined.onlineUsers, [{ username: ann.name, status: 'online' }]);
+        assertLike(joined.onlineUsers, [{ username: ann.name, status: 'online' }]);
         await ann.waitFor('user : joined', (p) => p.username === ann.name && p.channel === key);
 
         const bob = await world.person('bob', other);
@@ -62,7 +63,7 @@ suite('chat', { workers: 1, env: { BANTER_GRACE: '2' } }, (scenario, banter) => 
         );
         for (const client of [ann, bob]) {
           const heard = await client.waitFor('user : joined', (p) => p.username === bob.name);
-          assert.deepStrictEqual(heard, { username: bob.name, channel: key });
+          assertLike(heard, { username: bob.name, channel: key });
         }
 
         // With an ack, and without one.
@@ -70,7 +71,7 @@ suite('chat', { workers: 1, env: { BANTER_GRACE: '2' } }, (scenario, banter) => 
         assert.ok(Number.isInteger(ack.id), `an id is a whole number: ${ack.id}`);
         assert.match(ack.date, ISO);
         const first = await bob.waitFor('message:post', (m) => m.message === 'with an ack');
-        assert.deepStrictEqual(first, { message: 'with an ack', user: ann.name, date: ack.date, id: ack.id, channel: key });
+        assertLike(first, { message: 'with an ack', user: ann.name, date: ack.date, id: ack.id, channel: key });
         bob.emit('message:post', { channel: key, message: 'without an ack' });
         const second = await ann.waitFor('message:post', (m) => m.message === 'without an ack');
         assert.strictEqual(second.user, bob.name);
@@ -121,10 +122,10 @@ suite('chat', { workers: 1, env: { BANTER_GRACE: '2' } }, (scenario, banter) => 
 
         assert.deepStrictEqual(await ann.emitAck('user : status_changed', { channel: one, status: 'away' }), {});
         const changed = await bob.waitFor('user : status_changed');
-        assert.deepStrictEqual(changed, { channel: one, user: ann.name, status: 'away' });
+        assertLike(changed, { channel: one, user: ann.name, status: 'away' });
         const dave = await world.person('dave', other);
         const late = await world.restJoin(dave, one);
-        assert.deepStrictEqual(
+        assertLike(
           late.onlineUsers.find(({ username }) => username === ann.name),
           { username: ann.name, status: 'away' },
           'a late joiner sees the status',
@@ -133,14 +134,14 @@ suite('chat', { workers: 1, env: { BANTER_GRACE: '2' } }, (scenario, banter) => 
         await bob.waitFor('user : status_changed', (p) => p.status === 'online');
 
         ann.emit('channel:typing', { channel: one });
-        assert.deepStrictEqual(await bob.waitFor('user : typing'), { username: ann.name, channel: one });
+        assertLike(await bob.waitFor('user : typing'), { username: ann.name, channel: one });
 
         const third = banter().key();
         await ann.join(third);
         await world.restJoin(bob, third);
         assert.deepStrictEqual(await ann.emitAck('user : left', { channel: third }), {});
         const left = await bob.waitFor('user : left');
-        assert.deepStrictEqual({ ...left, date: undefined }, { channel: third, user: ann.name, date: undefined });
+        assertLike(left, { channel: third, user: ann.name });
         assert.match(left.date, ISO);
         const refused = await ann.emitAck('message:post', { channel: third, message: 'from outside' });
         assert.strictEqual(refused.code, 'not_joined');
@@ -155,7 +156,7 @@ suite('chat', { workers: 1, env: { BANTER_GRACE: '2' } }, (scenario, banter) => 
         await dave.post(one, 'a marker');
         await bob.waitFor('message:post', (m) => m.message === 'a marker');
         const quits = bob.all('user : quit', () => true, since).sort((a, b) => (a.channel < b.channel ? -1 : 1));
-        assert.deepStrictEqual(quits, [one, two].sort().map((channel) => ({ username: ann.name, channel })));
+        assertLike(quits, [one, two].sort().map((channel) => ({ username: ann.name, channel })));
         const after = await world.restJoin(dave, one);
         assert.ok(!after.onlineUsers.some(({ username }) => username === ann.name), 'who quit is off the list');
       });

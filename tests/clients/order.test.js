@@ -3,6 +3,7 @@
 
 const assert = require('node:assert');
 const { suite } = require('./lib/suite.js');
+const { assertLike } = require('./lib/like.js');
 
 const dense = (ids) => ids.every((id, i) => i === 0 || id === ids[i - 1] + 1);
 const LIMIT = 16 * 1024;
@@ -75,7 +76,7 @@ suite('posting', { workers: 1 }, (scenario, banter) => {
       ann.emitAck('user : left', { channel: key }),
       ann.emitAck('message:post', { channel: key, message: 'outside' }),
     ]);
-    assert.deepStrictEqual(joined.onlineUsers, [{ username: ann.name, status: 'online' }]);
+    assertLike(joined.onlineUsers, [{ username: ann.name, status: 'online' }]);
     assert.strictEqual(typeof posted.id, 'number', JSON.stringify(posted));
     assert.deepStrictEqual(left, {});
     assert.strictEqual(refused.code, 'not_joined');

@@ -252,19 +252,16 @@ class Banter {
 
   /** SIGTERM, and everything must be gone with exit code 0 in time. */
   async terminate() {
-    const { master, workers } = this.roles();
-    const children = [master, ...workers.values()].filter(Boolean);
+    const children = processes().filter(({ parent }) => parent === this.pid);
+    // The same pid and command line: nobody else's process that got the number since.
+    const left = () => processes().filter((one) => children.some(({ pid, args }) => pid === one.pid && args.join() === one.args.join()));
     if (!this.exit) this.child.kill('SIGTERM');
     try {
       await until('banter ends after SIGTERM', () => this.exit, STOP_DEADLINE);
       assert.deepStrictEqual(this.exit, { code: 0, signal: null }, `how banter ended\n${this.logs().slice(-4_000)}`);
-      const left = () => processes().filter(({ pid, args }) => children.includes(pid) && args[0] === BINARY);
       await until('no child outlives the supervisor', () => left().length === 0, 2_000);
     } finally {
-      for (const pid of children) {
-        const still = processes().find((one) => one.pid === pid && one.args[0] === BINARY);
-        if (still) process.kill(pid, 'SIGKILL');
-      }
+      for (const { pid } of left()) process.kill(pid, 'SIGKILL');
       this.killEverything();
     }
   }
