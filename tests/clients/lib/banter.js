@@ -9,7 +9,7 @@ const os = require('node:os');
 const path = require('node:path');
 const assert = require('node:assert');
 const { request } = require('./rest.js');
-const { sleep, until } = require('./wait.js');
+const { until } = require('./wait.js');
 
 const BINARY = process.env.BANTER_BIN
   ? path.resolve(process.env.BANTER_BIN)
@@ -279,7 +279,6 @@ class Banter {
   /** Stops and starts it again, same state directory, on a new port. */
   async restart() {
     await this.terminate();
-    await sleep(0);
     this.addresses = undefined;
     await this.start();
   }
