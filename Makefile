@@ -1,0 +1,77 @@
+# `make run` starts a server for trying out, `make test` runs everything that CI runs but the lints.
+# Everything installs what it needs, is quiet about what is there already, and needs no terminal.
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.ONESHELL:
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+CARGO ?= cargo
+CARGO_DENY_VERSION := 0.20.2
+CLIENTS := tests/clients
+TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
+# Root needs no sudo; without a terminal sudo must not ask.
+SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo -n)
+
+.PHONY: help run build test test-unit test-clients bench fmt lint advisories install-test-deps
+
+help: ## Show the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 20
+
+run: ## Build and run a server on port 8000 (make run ARGS="--port 9000 --workers 2")
+	@exec $(CARGO) run --release --locked -- serve $(ARGS)
+
+build: ## Build the binary that the client tests run
+	@$(CARGO) build --locked
+
+test: test-unit test-clients ## Run all tests
+
+test-unit: ## Run the tests of the crate
+	@log=$$(mktemp)
+	trap 'rm -f "$$log"' EXIT
+	$(CARGO) test --locked 2>&1 | tee "$$log"
+	passed=$$(awk '/^test result:/ { sum += $$4 } END { print sum + 0 }' "$$log")
+	echo "crate: $$passed tests passed"
+	[ "$$passed" -gt 0 ] || { echo "make test-unit: no test ran" >&2; exit 1; }
+
+test-clients: install-test-deps build ## Run real Socket.IO clients of four major versions against the binary
+	@BANTER_BIN="$${BANTER_BIN:-$(abspath $(TARGET_DIR))/debug/banter}" node $(CLIENTS)/run.js $(FILES)
+
+install-test-deps: ## Install Node.js, where it is missing, and the clients
+	@if ! { command -v node && command -v npm; } >/dev/null; then
+		echo "installing Node.js and npm"
+		command -v apt-get >/dev/null || { echo "Node.js 18.19 or newer with npm is needed, and there is no apt-get to install it with" >&2; exit 1; }
+		export DEBIAN_FRONTEND=noninteractive
+		$(SUDO) apt-get update -qq </dev/null >/dev/null
+		$(SUDO) apt-get install -y -qq --no-install-recommends nodejs npm </dev/null >/dev/null
+	fi
+	node -e 'const [a, b] = process.versions.node.split("."); if (a < 18 || (a == 18 && b < 19)) { console.error("Node.js 18.19 or newer is needed, this is " + process.version); process.exit(1); }'
+	# What is installed stays until the lock file says something else.
+	stamp=$(CLIENTS)/node_modules/.installed
+	if ! cmp -s $(CLIENTS)/package-lock.json "$$stamp"; then
+		(cd $(CLIENTS) && npm ci --no-audit --no-fund --loglevel=error </dev/null)
+		cp $(CLIENTS)/package-lock.json "$$stamp"
+	fi
+
+bench: ## Run the benchmarks
+	@$(CARGO) bench --locked
+
+fmt: ## Format the code
+	@$(CARGO) fmt
+
+lint: ## Check formatting, lints, licences and sources of dependencies
+	@$(CARGO) fmt --check
+	$(CARGO) clippy --locked --all-targets -- -D warnings
+	$(MAKE) deny CHECKS="bans licenses sources"
+
+advisories: ## Check dependencies for known vulnerabilities (needs the advisory database)
+	@$(MAKE) deny CHECKS=advisories
+
+.PHONY: deny
+deny:
+	@if ! $(CARGO) deny --version >/dev/null 2>&1; then
+		echo "installing cargo-deny $(CARGO_DENY_VERSION)"
+		$(CARGO) install --locked --quiet cargo-deny --version $(CARGO_DENY_VERSION)
+	fi
+	$(CARGO) deny --log-level error check --hide-inclusion-graph $(CHECKS)

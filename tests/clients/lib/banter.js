@@ -1,0 +1,299 @@
+'use strict';
+// The fixture: the real binary, on a free port with a state directory of its own, waited for by its
+// health check and stopped by signal, whatever became of the test.
+
+const { spawn } = require('node:child_process');
+const fs = require('node:fs');
+const net = require('node:net');
+const os = require('node:os');
+const path = require('node:path');
+const assert = require('node:assert');
+const { request } = require('./rest.js');
+const { until } = require('./wait.js');
+
+const BINARY = process.env.BANTER_BIN
+  ? path.resolve(process.env.BANTER_BIN)
+  : path.resolve(__dirname, '../../../target/debug/banter');
+const START_DEADLINE = 30_000;
+const STOP_DEADLINE = 12_000;
+/** The secret that servers of this suite sign with, unless a test says otherwise. */
+const SECRET = 'a secret of the client tests, long enough';
+
+/** Running servers, so that none outlives this process. */
+const running = new Set();
+process.on('exit', () => running.forEach((banter) => banter.killEverything()));
+for (const signal of ['SIGINT', 'SIGTERM', 'SIGHUP']) process.on(signal, () => process.exit(1));
+
+function freePort() {
+  return new Promise((resolve, reject) => {
+    const server = net.createServer();
+    server.on('error', reject);
+    server.listen(0, '127.0.0.1', () => {
+      const { port } = server.address();
+      server.close(() => resolve(port));
+    });
+  });
+}
+
+/** Every process as `{pid, parent, args}`, zombies left out. */
+function processes() {
+  const found = [];
+  for (const name of fs.readdirSync('/proc')) {
+    if (!/^\d+$/.test(name)) continue;
+    try {
+      const stat = fs.readFileSync(`/proc/${name}/stat`, 'utf8');
+      // The second field, in parentheses, may hold anything: go by the last parenthesis.
+      const [state, parent] = stat.slice(stat.lastIndexOf(')') + 2).split(' ');
+      if (state === 'Z' || state === 'X') continue;
+      const args = fs.readFileSync(`/proc/${name}/cmdline`, 'utf8').split('\0').slice(0, -1);
+      found.push({ pid: Number(name), parent: Number(parent), args });
+    } catch {
+      // It ended between the two reads.
+    }
+  }
+  return found;
+}
+
+class Banter {
+  constructor({ workers = 1, env = {}, args = [], stateDir } = {}) {
+    this.options = { workers, env, args };
+    this.ownsState = stateDir === undefined;
+    this.home = fs.mkdtempSync(path.join(os.tmpdir(), 'banter-test-'));
+    this.stateDir = stateDir ?? path.join(this.home, 'state');
+    this.output = [];
+    this.names = 0;
+  }
+
+  async start() {
+    if (!fs.existsSync(BINARY)) {
+      throw new Error(`${BINARY} is missing: run \`cargo build\`, or set BANTER_BIN`);
+    }
+    fs.mkdirSync(this.stateDir, { recursive: true });
+    // A free port may be taken by someone else before we get to it: then try another.
+    for (let attempt = 1; ; attempt++) {
+      try {
+        await this.spawn(await freePort());
+        return this;
+      } catch (error) {
+        this.killEverything();
+        const taken = /in use|EADDRINUSE/i.test(this.logs());
+        if (!taken || attempt === 3) throw error;
+      }
+    }
+  }
+
+  async spawn(port) {
+    const env = {};
+    for (const [key, value] of Object.entries(process.env)) {
+      if (!/^(BANTER_|REDIS_|LISTEN_|NODE_TEST|XDG_|STATE_DIRECTORY|RUNTIME_DIRECTORY|CREDENTIALS_DIRECTORY|NOTIFY_SOCKET|WATCHDOG_|PORT$|WORKERS$|JWT_SECRET$|RUST_LOG$)/.test(key)) {
+        env[key] = value;
+      }
+    }
+    Object.assign(env, {
+      PORT: String(port),
+      WORKERS: String(this.options.workers),
+      JWT_SECRET: SECRET,
+      BANTER_STATE_DIR: this.stateDir,
+      XDG_RUNTIME_DIR: this.home,
+      XDG_DATA_HOME: this.home,
+      RUST_LOG: process.env.BANTER_TEST_LOG ?? 'info',
+      // Limits have tests of their own; elsewhere they would only be in the way.
+      BANTER_AUTH_RATE: '0',
+      BANTER_POST_RATE: '0',
+      ...this.options.env,
+    });
+    for (const key of Object.keys(env)) if (env[key] === undefined) delete env[key];
+    this.port = port;
+    this.url = `http://127.0.0.1:${port}`;
+    this.exit = undefined;
+    const child = spawn(BINARY, ['serve', ...this.options.args], { env, stdio: ['ignore', 'pipe', 'pipe'] });
+    this.child = child;
+    this.pid = child.pid;
+    running.add(this);
+    for (const stream of [child.stdout, child.stderr]) {
+      stream.setEncoding('utf8');
+      stream.on('data', (text) => this.output.push(text));
+    }
+    child.on('error', (error) => {
+      this.exit ??= { code: null, signal: null, error };
+    });
+    child.on('exit', (code, signal) => {
+      this.exit = { code, signal };
+    });
+    await this.healthy(START_DEADLINE);
+  }
+
+  /** Waits until the server (as seen from `localAddress`) says that it can serve. */
+  async healthy(deadline = START_DEADLINE, localAddress = '127.0.0.1') {
+    return until(
+      'GET /health gives 200',
+      async () => {
+        if (this.exit) throw new Error(`banter ended at start: ${JSON.stringify(this.exit)}\n${this.logs()}`);
+        try {
+          const answer = await this.api('GET', '/health', { localAddress, deadline: 2_000 });
+          return answer.status === 200 && answer.json;
+        } catch {
+          return false;
+        }
+      },
+      deadline,
+    );
+  }
+
+  logs() {
+    return this.output.join('');
+  }
+
+  api(method, where, options) {
+    return request(this.port, method, where, options);
+  }
+
+  /** Our own children by role: `master`, and workers by number. */
+  roles() {
+    const roles = { master: undefined, workers: new Map() };
+    for (const { pid, parent, args } of processes()) {
+      if (parent !== this.pid) continue;
+      const worker = args.indexOf('worker');
+      if (worker > 0 && /^\d+$/.test(args[worker + 1] ?? '')) roles.workers.set(Number(args[worker + 1]), pid);
+      else if (args.includes('master')) roles.master = pid;
+    }
+    return roles;
+  }
+
+  masterPid() {
+    const pid = this.roles().master;
+    assert.ok(pid, 'the supervisor has no child with `master` on its command line');
+    return pid;
+  }
+
+  workerPid(number) {
+    const pid = this.roles().workers.get(number);
+    assert.ok(pid, `the supervisor has no child with \`worker ${number}\` on its command line`);
+    return pid;
+  }
+
+  workerNumbers() {
+    return [...this.roles().workers.keys()].sort((a, b) => a - b);
+  }
+
+  /** Kills a worker as a crash would. Gives the pid it had. */
+  kill9Worker(number) {
+    const pid = this.workerPid(number);
+    process.kill(pid, 'SIGKILL');
+    return pid;
+  }
+
+  /** Kills the master as a crash would. Gives the pid it had. */
+  kill9Master() {
+    const pid = this.masterPid();
+    process.kill(pid, 'SIGKILL');
+    return pid;
+  }
+
+  /** Client addresses, by the worker that serves them: each is used once only. */
+  async addressOfWorker(number) {
+    this.addresses ??= { next: 2, spare: new Map() };
+    const { spare } = this.addresses;
+    for (;;) {
+      const known = spare.get(number);
+      if (known?.length) return known.shift();
+      const host = this.addresses.next++;
+      if (host > 4_000) throw new Error(`no address in 127.0.0.0/20 is served by worker ${number}`);
+      const address = `127.0.${host >> 8}.${host & 255}`;
+      const answer = await this.api('GET', '/health', { localAddress: address });
+      assert.strictEqual(answer.status, 200, `GET /health from ${address}: ${answer.text}`);
+      const worker = Number(answer.json.worker);
+      spare.set(worker, [...(spare.get(worker) ?? []), address]);
+    }
+  }
+
+  /** Which worker serves this address now. */
+  async workerOfAddress(localAddress) {
+    const answer = await this.api('GET', '/health', { localAddress });
+    return answer.status === 200 ? Number(answer.json.worker) : undefined;
+  }
+
+  /** A new account: `{name, password, token}`. */
+  async register(prefix = 'user', options = {}) {
+    const name = `${prefix}${++this.names}x${Math.random().toString(36).slice(2, 8)}`;
+    const password = `secret of ${name}`;
+    const answer = await this.api('POST', '/auth/register', { body: { name, password }, ...options });
+    assert.strictEqual(answer.status, 200, `register ${name}: ${answer.status} ${answer.text}`);
+    return { name, password, token: answer.json.token };
+  }
+
+  /** A channel key that no other test uses. */
+  key(prefix = 'room') {
+    return `${prefix}-${++this.names}-${Math.random().toString(36).slice(2, 10)}`;
+  }
+
+  killEverything() {
+    const all = processes();
+    const mine = new Set([this.pid]);
+    for (let grown = true; grown; ) {
+      grown = false;
+      for (const { pid, parent } of all) {
+        if (mine.has(parent) && !mine.has(pid)) {
+          mine.add(pid);
+          grown = true;
+        }
+      }
+    }
+    if (this.exit) mine.delete(this.pid);
+    for (const pid of mine) {
+      try {
+        process.kill(pid, 'SIGKILL');
+      } catch {
+        // Gone already.
+      }
+    }
+    running.delete(this);
+  }
+
+  /** SIGTERM, and everything must be gone with exit code 0 in time. */
+  async terminate() {
+    const children = processes().filter(({ parent }) => parent === this.pid);
+    // The same pid and command line: nobody else's process that got the number since.
+    const left = () => processes().filter((one) => children.some(({ pid, args }) => pid === one.pid && args.join() === one.args.join()));
+    if (!this.exit) this.child.kill('SIGTERM');
+    try {
+      await until('banter ends after SIGTERM', () => this.exit, STOP_DEADLINE);
+      assert.deepStrictEqual(this.exit, { code: 0, signal: null }, `how banter ended\n${this.logs().slice(-4_000)}`);
+      await until('no child outlives the supervisor', () => left().length === 0, 2_000);
+    } finally {
+      for (const { pid } of left()) process.kill(pid, 'SIGKILL');
+      this.killEverything();
+    }
+  }
+
+  /** Stops the server and removes its directories. Anything that panicked is a failure. */
+  async stop() {
+    try {
+      await this.terminate();
+    } finally {
+      fs.rmSync(this.home, { recursive: true, force: true });
+    }
+    assert.doesNotMatch(this.logs(), /panicked at/, 'a panic in the log');
+  }
+
+  /** Stops and starts it again, same state directory, on a new port. */
+  async restart() {
+    await this.terminate();
+    this.addresses = undefined;
+    await this.start();
+  }
+}
+
+/** A running server; the caller stops it. */
+async function startBanter(options) {
+  const banter = new Banter(options);
+  try {
+    return await banter.start();
+  } catch (error) {
+    banter.killEverything();
+    fs.rmSync(banter.home, { recursive: true, force: true });
+    throw error;
+  }
+}
+
+module.exports = { startBanter, SECRET, BINARY };
