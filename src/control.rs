@@ -12,9 +12,7 @@ use tokio::io::AsyncWrite;
 use tokio_util::codec::{FramedWrite, LengthDelimitedCodec};
 
 use crate::presence::{Numbered, Position, Snapshot, Status};
-use crate::store::{
-    BusEvent, Channel, Message, NewMessage, Page, Posted, Range, StoreError, User,
-};
+use crate::store::{BusEvent, Channel, Message, NewMessage, Page, Posted, Range, StoreError, User};
 
 /// Version of the frames; both sides must have the same one.
 pub const PROTOCOL: u32 = 1;
@@ -37,7 +35,9 @@ pub enum FrameError {
 
 /// The framing of the stream.
 pub fn codec() -> LengthDelimitedCodec {
-    LengthDelimitedCodec::builder().max_frame_length(MAX_FRAME).new_codec()
+    LengthDelimitedCodec::builder()
+        .max_frame_length(MAX_FRAME)
+        .new_codec()
 }
 
 /// Writes a frame's content.
@@ -49,8 +49,10 @@ pub fn encode<T: Serialize>(frame: &T) -> Result<Bytes, FrameError> {
 
 /// Reads a frame's content.
 pub fn decode<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Result<T, FrameError> {
-    serde_json::from_slice(bytes)
-        .map_err(|source| FrameError::Malformed { length: bytes.len(), source })
+    serde_json::from_slice(bytes).map_err(|source| FrameError::Malformed {
+        length: bytes.len(),
+        source,
+    })
 }
 
 /// Sends what has been fed to the stream.
@@ -315,16 +317,35 @@ pub enum FromMaster {
 #[allow(missing_docs)] // one variant for each method of the trait, with its parameters
 pub enum StoreRequest {
     CreateUser(User),
-    User { name: String },
-    ReplaceHash { name: String, from: String, to: String },
+    User {
+        name: String,
+    },
+    ReplaceHash {
+        name: String,
+        from: String,
+        to: String,
+    },
     Channels,
     CreateChannel(Channel),
     Post(NewMessage),
-    Read { channel: String, range: Range },
-    LastBefore { channel: String, millis: i64 },
-    Subscribe { channel: String },
-    Unsubscribe { channel: String },
-    Typing { channel: String, user: String },
+    Read {
+        channel: String,
+        range: Range,
+    },
+    LastBefore {
+        channel: String,
+        millis: i64,
+    },
+    Subscribe {
+        channel: String,
+    },
+    Unsubscribe {
+        channel: String,
+    },
+    Typing {
+        channel: String,
+        user: String,
+    },
 }
 
 /// What a [`StoreRequest`] returned.
@@ -352,7 +373,10 @@ mod tests {
             sender: "c1".into(),
             event: serde_json::value::RawValue::from_string(text.into()).unwrap(),
         };
-        let frame = FromMaster::Bus(BusEvent::Message { channel: "x".into(), message });
+        let frame = FromMaster::Bus(BusEvent::Message {
+            channel: "x".into(),
+            message,
+        });
         let bytes = encode(&frame).unwrap();
         match decode::<FromMaster>(&bytes).unwrap() {
             FromMaster::Bus(BusEvent::Message { message, .. }) => {
@@ -365,6 +389,11 @@ mod tests {
     #[test]
     fn a_malformed_frame_is_refused_with_its_length() {
         let error = decode::<FromWorker>(b"{\"Pong\":{}}").unwrap_err();
-        assert!(error.to_string().starts_with("malformed control frame of 11 bytes"), "{error}");
+        assert!(
+            error
+                .to_string()
+                .starts_with("malformed control frame of 11 bytes"),
+            "{error}"
+        );
     }
 }

@@ -247,15 +247,18 @@ impl State {
 
     /// All sessions by user, in order of names.
     pub fn sessions(&self) -> impl Iterator<Item = (&str, &Session)> {
-        self.sessions.iter().map(|(user, session)| (user.as_str(), session))
+        self.sessions
+            .iter()
+            .map(|(user, session)| (user.as_str(), session))
     }
 
     /// A channel's members with their status, in order of names.
     pub fn members(&self, channel: &str) -> impl Iterator<Item = (&str, Status)> {
-        self.channels
-            .get(channel)
-            .into_iter()
-            .flat_map(|members| members.iter().map(|(user, status)| (user.as_str(), *status)))
+        self.channels.get(channel).into_iter().flat_map(|members| {
+            members
+                .iter()
+                .map(|(user, status)| (user.as_str(), *status))
+        })
     }
 
     /// How many users a channel has.
@@ -321,30 +324,52 @@ impl State {
             }
             Event::Ended { user } => self.end(user),
             Event::Joined { user, channel, at } => {
-                let Some(session) = self.sessions.get_mut(user) else { return Vec::new() };
+                let Some(session) = self.sessions.get_mut(user) else {
+                    return Vec::new();
+                };
                 if session.channels.contains_key(channel) {
                     return Vec::new();
                 }
-                let membership = Membership { status: Status::Online, since: *at };
+                let membership = Membership {
+                    status: Status::Online,
+                    since: *at,
+                };
                 session.channels.insert(channel.clone(), membership);
                 self.channels
                     .entry(channel.clone())
                     .or_default()
                     .insert(user.clone(), membership.status);
-                vec![Notice::Joined { user: user.clone(), channel: channel.clone() }]
+                vec![Notice::Joined {
+                    user: user.clone(),
+                    channel: channel.clone(),
+                }]
             }
             Event::Left { user, channel, at } => {
-                let Some(session) = self.sessions.get_mut(user) else { return Vec::new() };
+                let Some(session) = self.sessions.get_mut(user) else {
+                    return Vec::new();
+                };
                 if session.channels.remove(channel).is_none() {
                     return Vec::new();
                 }
                 self.remove_member(channel, user);
-                vec![Notice::Left { user: user.clone(), channel: channel.clone(), at: Some(*at) }]
+                vec![Notice::Left {
+                    user: user.clone(),
+                    channel: channel.clone(),
+                    at: Some(*at),
+                }]
             }
-            Event::StatusChanged { user, channel, status } => {
-                let membership =
-                    self.sessions.get_mut(user).and_then(|s| s.channels.get_mut(channel));
-                let Some(membership) = membership else { return Vec::new() };
+            Event::StatusChanged {
+                user,
+                channel,
+                status,
+            } => {
+                let membership = self
+                    .sessions
+                    .get_mut(user)
+                    .and_then(|s| s.channels.get_mut(channel));
+                let Some(membership) = membership else {
+                    return Vec::new();
+                };
                 membership.status = *status;
                 if let Some(shown) = self.channels.get_mut(channel).and_then(|m| m.get_mut(user)) {
                     *shown = *status;
@@ -377,7 +402,11 @@ impl State {
                 match new {
                     None => notices.push(Notice::Quit { user, channel }),
                     Some(new) if !new.channels.contains_key(&channel) => {
-                        notices.push(Notice::Left { user, channel, at: None });
+                        notices.push(Notice::Left {
+                            user,
+                            channel,
+                            at: None,
+                        });
                     }
                     Some(_) => {}
                 }
@@ -385,13 +414,20 @@ impl State {
         }
         for (user, new) in &newer.sessions {
             for (channel, membership) in &new.channels {
-                let old = self.sessions.get(user).and_then(|s| s.channels.get(channel));
+                let old = self
+                    .sessions
+                    .get(user)
+                    .and_then(|s| s.channels.get(channel));
                 let (user, channel) = (user.clone(), channel.clone());
                 match old {
                     None => notices.push(Notice::Joined { user, channel }),
                     Some(old) if old.status != membership.status => {
                         let status = membership.status;
-                        notices.push(Notice::StatusChanged { user, channel, status });
+                        notices.push(Notice::StatusChanged {
+                            user,
+                            channel,
+                            status,
+                        });
                     }
                     Some(_) => {}
                 }
@@ -401,13 +437,18 @@ impl State {
     }
 
     fn end(&mut self, user: &str) -> Vec<Notice> {
-        let Some(session) = self.sessions.remove(user) else { return Vec::new() };
+        let Some(session) = self.sessions.remove(user) else {
+            return Vec::new();
+        };
         session
             .channels
             .into_keys()
             .map(|channel| {
                 self.remove_member(&channel, user);
-                Notice::Quit { user: user.to_owned(), channel }
+                Notice::Quit {
+                    user: user.to_owned(),
+                    channel,
+                }
             })
             .collect()
     }
@@ -460,7 +501,10 @@ impl Authority {
     /// Begins an epoch with a state that earlier epochs left.
     pub fn new(epoch: u64, state: State) -> Self {
         let position = Position { epoch, version: 0 };
-        Self { current: Snapshot { position, state }, recent: VecDeque::new() }
+        Self {
+            current: Snapshot { position, state },
+            recent: VecDeque::new(),
+        }
     }
 
     /// The state.
@@ -482,7 +526,10 @@ impl Authority {
     pub fn commit(&mut self, event: Event) -> Numbered {
         self.current.position.version += 1;
         self.current.state.apply(&event);
-        let numbered = Numbered { position: self.current.position, event };
+        let numbered = Numbered {
+            position: self.current.position,
+            event,
+        };
         if self.recent.len() == LOG_LENGTH {
             self.recent.pop_front();
         }
@@ -544,7 +591,9 @@ impl Replica {
 
     /// Takes an event, in whatever order they come.
     pub fn receive(&mut self, numbered: &Numbered) -> Received {
-        let Some(current) = &mut self.current else { return Received::Gap };
+        let Some(current) = &mut self.current else {
+            return Received::Gap;
+        };
         let (at, next) = (current.position, numbered.position);
         if next.epoch > at.epoch {
             return Received::Gap;
@@ -600,18 +649,40 @@ mod tests {
         let user = prop::sample::select(vec!["ann", "bob", "eve", "joe"]).prop_map(str::to_owned);
         let channel = prop::sample::select(vec!["general", "x", "y"]).prop_map(str::to_owned);
         let status = prop::sample::select(vec![Status::Online, Status::Away]);
-        (user, channel, status, 0..9u8, 1..1000u64).prop_map(
-            |(user, channel, status, kind, n)| match kind {
-                0 => Event::Connected { user, owner: owner(n), at: n as i64 },
-                1 => Event::Resumed { user, owner: owner(n) },
-                2 => Event::Lost { user, confirmed: n as i64 },
+        (user, channel, status, 0..9u8, 1..1000u64).prop_map(|(user, channel, status, kind, n)| {
+            match kind {
+                0 => Event::Connected {
+                    user,
+                    owner: owner(n),
+                    at: n as i64,
+                },
+                1 => Event::Resumed {
+                    user,
+                    owner: owner(n),
+                },
+                2 => Event::Lost {
+                    user,
+                    confirmed: n as i64,
+                },
                 3 => Event::Reclaimed { user },
                 4 => Event::Ended { user },
-                5 | 6 => Event::Joined { user, channel, at: n as i64 },
-                7 => Event::Left { user, channel, at: n as i64 },
-                _ => Event::StatusChanged { user, channel, status },
-            },
-        )
+                5 | 6 => Event::Joined {
+                    user,
+                    channel,
+                    at: n as i64,
+                },
+                7 => Event::Left {
+                    user,
+                    channel,
+                    at: n as i64,
+                },
+                _ => Event::StatusChanged {
+                    user,
+                    channel,
+                    status,
+                },
+            }
+        })
     }
 
     /// What happens to a published event on its way to one replica.
@@ -741,14 +812,25 @@ mod tests {
     #[test]
     fn quitting_is_heard_once_per_channel() {
         let mut state = State::default();
-        state.apply(&Event::Connected { user: "ann".into(), owner: owner(1), at: 0 });
+        state.apply(&Event::Connected {
+            user: "ann".into(),
+            owner: owner(1),
+            at: 0,
+        });
         for channel in ["a", "b"] {
-            state.apply(&Event::Joined { user: "ann".into(), channel: channel.into(), at: 0 });
+            state.apply(&Event::Joined {
+                user: "ann".into(),
+                channel: channel.into(),
+                at: 0,
+            });
         }
         let ended = Event::Ended { user: "ann".into() };
         assert_eq!(
             state.apply(&ended),
-            ["a", "b"].map(|c| Notice::Quit { user: "ann".into(), channel: c.into() })
+            ["a", "b"].map(|c| Notice::Quit {
+                user: "ann".into(),
+                channel: c.into()
+            })
         );
         assert_eq!(state.apply(&ended), []);
         assert_eq!(state.member_count("a"), 0);
@@ -757,10 +839,30 @@ mod tests {
     #[test]
     fn a_session_taken_over_keeps_its_channels_and_nobody_hears_of_it() {
         let mut state = State::default();
-        state.apply(&Event::Connected { user: "ann".into(), owner: owner(1), at: 0 });
-        state.apply(&Event::Joined { user: "ann".into(), channel: "a".into(), at: 0 });
-        assert_eq!(state.apply(&Event::Lost { user: "ann".into(), confirmed: 5 }), []);
-        assert_eq!(state.apply(&Event::Resumed { user: "ann".into(), owner: owner(2) }), []);
+        state.apply(&Event::Connected {
+            user: "ann".into(),
+            owner: owner(1),
+            at: 0,
+        });
+        state.apply(&Event::Joined {
+            user: "ann".into(),
+            channel: "a".into(),
+            at: 0,
+        });
+        assert_eq!(
+            state.apply(&Event::Lost {
+                user: "ann".into(),
+                confirmed: 5
+            }),
+            []
+        );
+        assert_eq!(
+            state.apply(&Event::Resumed {
+                user: "ann".into(),
+                owner: owner(2)
+            }),
+            []
+        );
         let session = state.session("ann").unwrap();
         assert!(!session.lost && session.resumed && session.channels.contains_key("a"));
         assert_eq!((session.confirmed, state.generation()), (5, 2));

@@ -24,14 +24,22 @@ pub async fn run(
             }
             // The place in the router's queue comes first, so that nothing is accepted that
             // would have to wait here.
-            let Some(place) = router.reserve().await else { return };
+            let Some(place) = router.reserve().await else {
+                return;
+            };
             match listener.accept().await {
                 Ok((stream, peer)) => match stream.into_std() {
                     Ok(stream) => {
                         let client = routing::canonical(peer.ip());
                         let key = RoutingKey::of(client);
                         let stream = stream.into();
-                        place.send(Accepted { stream, peer, client, key, since: Instant::now() });
+                        place.send(Accepted {
+                            stream,
+                            peer,
+                            client,
+                            key,
+                            since: Instant::now(),
+                        });
                     }
                     Err(error) => tracing::warn!(%error, "an accepted connection was lost"),
                 },

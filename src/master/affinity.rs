@@ -40,7 +40,12 @@ impl Affinity {
             inner.decrease(&address, worker);
         }
         if let Some((address, worker)) = place {
-            *inner.addresses.entry(address).or_default().entry(worker).or_default() += 1;
+            *inner
+                .addresses
+                .entry(address)
+                .or_default()
+                .entry(worker)
+                .or_default() += 1;
         }
     }
 
@@ -48,7 +53,10 @@ impl Affinity {
     pub fn of(&self, address: &str) -> Option<u32> {
         let inner = self.inner.lock();
         let workers = inner.addresses.get(address)?;
-        workers.iter().max_by_key(|(_, count)| **count).map(|(worker, _)| *worker)
+        workers
+            .iter()
+            .max_by_key(|(_, count)| **count)
+            .map(|(worker, _)| *worker)
     }
 
     /// Gives a worker no new connections until it is heard again, or ends that.
@@ -69,7 +77,9 @@ impl Affinity {
 
 impl Inner {
     fn decrease(&mut self, address: &str, worker: u32) {
-        let Some(workers) = self.addresses.get_mut(address) else { return };
+        let Some(workers) = self.addresses.get_mut(address) else {
+            return;
+        };
         if let Some(count) = workers.get_mut(&worker) {
             *count -= 1;
             if *count == 0 {
@@ -97,7 +107,13 @@ mod tests {
             secret: String::new(),
         };
         let channels = BTreeMap::new();
-        Session { owner, lost, resumed: false, confirmed: 0, channels }
+        Session {
+            owner,
+            lost,
+            resumed: false,
+            confirmed: 0,
+            channels,
+        }
     }
 
     #[test]

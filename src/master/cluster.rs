@@ -70,7 +70,10 @@ impl Link {
     /// Queues a frame. A worker whose queue is full has stopped reading and loses its stream.
     fn send(&self, frame: FromMaster) {
         if self.frames.try_send(frame).is_err() && !self.close.is_cancelled() {
-            tracing::warn!(worker = self.origin.worker, "the worker does not read: dropping it");
+            tracing::warn!(
+                worker = self.origin.worker,
+                "the worker does not read: dropping it"
+            );
             self.close.cancel();
         }
     }
@@ -79,9 +82,18 @@ impl Link {
 /// From a stream to the cluster's task.
 #[derive(Debug)]
 enum Input {
-    Hello { id: u64, link: Link, hello: Box<Hello> },
-    Frame { id: u64, frame: FromWorker },
-    Gone { id: u64 },
+    Hello {
+        id: u64,
+        link: Link,
+        hello: Box<Hello>,
+    },
+    Frame {
+        id: u64,
+        frame: FromWorker,
+    },
+    Gone {
+        id: u64,
+    },
 }
 
 /// A worker that is part of the cluster.
@@ -196,7 +208,8 @@ impl Cluster {
 
     /// A worker that greets again has lost its earlier stream, even if that is not known yet.
     fn drop_predecessor(&mut self, worker: u32) {
-        self.greeters.retain(|_, (link, _)| link.origin.worker != worker);
+        self.greeters
+            .retain(|_, (link, _)| link.origin.worker != worker);
         let old: Vec<u64> = self
             .members
             .iter()
@@ -243,14 +256,28 @@ impl Cluster {
             self.registry = Some(registry);
         }
         for (id, (link, hello)) in std::mem::take(&mut self.greeters) {
-            let Some(registry) = &mut self.registry else { return };
+            let Some(registry) = &mut self.registry else {
+                return;
+            };
             let events = registry.worker_up(&hello, now);
-            tracing::info!(event = "worker_joined", worker = hello.worker, boot = hello.boot);
+            tracing::info!(
+                event = "worker_joined",
+                worker = hello.worker,
+                boot = hello.boot
+            );
             self.publish(&events);
-            let Some(registry) = &self.registry else { return };
+            let Some(registry) = &self.registry else {
+                return;
+            };
             link.send(FromMaster::Welcome(registry.snapshot()));
             self.settings.affinity.suspend(hello.worker, false);
-            self.members.insert(id, Member { link, unanswered: 0 });
+            self.members.insert(
+                id,
+                Member {
+                    link,
+                    unanswered: 0,
+                },
+            );
         }
         self.write_roster();
         self.report_status();
@@ -258,10 +285,16 @@ impl Cluster {
 
     fn gone(&mut self, id: u64) {
         self.greeters.remove(&id);
-        let Some(member) = self.members.remove(&id) else { return };
+        let Some(member) = self.members.remove(&id) else {
+            return;
+        };
         member.link.close.cancel();
         let origin = member.link.origin;
-        tracing::warn!(event = "worker_left", worker = origin.worker, "a worker's stream closed");
+        tracing::warn!(
+            event = "worker_left",
+            worker = origin.worker,
+            "a worker's stream closed"
+        );
         if let Some(registry) = &mut self.registry {
             let events = registry.worker_down(&origin, Now::read());
             self.publish(&events);
@@ -273,18 +306,35 @@ impl Cluster {
     }
 
     fn frame(&mut self, id: u64, frame: FromWorker) {
-        let Some(registry) = &mut self.registry else { return };
-        let Some(member) = self.members.get_mut(&id) else { return };
+        let Some(registry) = &mut self.registry else {
+            return;
+        };
+        let Some(member) = self.members.get_mut(&id) else {
+            return;
+        };
         match frame {
-            FromWorker::Command { id: request, command } => self.command(id, request, command),
-            FromWorker::JoinUser { id: request, user, channel } => {
+            FromWorker::Command {
+                id: request,
+                command,
+            } => self.command(id, request, command),
+            FromWorker::JoinUser {
+                id: request,
+                user,
+                channel,
+            } => {
                 self.join_user(id, request, user, channel);
             }
-            FromWorker::Attached { id: attach, outcome } => {
+            FromWorker::Attached {
+                id: attach,
+                outcome,
+            } => {
                 if let Some(pending) = self.attaches.remove(&attach) {
                     self.answer(
                         pending.link,
-                        FromMaster::JoinedUser { id: pending.id, outcome },
+                        FromMaster::JoinedUser {
+                            id: pending.id,
+                            outcome,
+                        },
                     );
                 }
             }
@@ -298,32 +348,51 @@ impl Cluster {
                 let answered = u32::try_from(self.tick.saturating_sub(seq)).unwrap_or(u32::MAX);
                 member.unanswered = member.unanswered.min(answered);
                 if member.unanswered < SUSPECT_AFTER {
-                    self.settings.affinity.suspend(member.link.origin.worker, false);
+                    self.settings
+                        .affinity
+                        .suspend(member.link.origin.worker, false);
                 }
             }
             FromWorker::Hello(_) | FromWorker::Store { .. } => {
-                tracing::warn!(worker = member.link.origin.worker, "unexpected frame: ignored");
+                tracing::warn!(
+                    worker = member.link.origin.worker,
+                    "unexpected frame: ignored"
+                );
             }
         }
     }
 
     fn command(&mut self, link: u64, id: u64, command: Command) {
-        let Some(registry) = &mut self.registry else { return };
-        let Some(member) = self.members.get(&link) else { return };
+        let Some(registry) = &mut self.registry else {
+            return;
+        };
+        let Some(member) = self.members.get(&link) else {
+            return;
+        };
         let now = Now::read();
         let (events, outcome) = registry.command(&member.link.origin, &command, now);
         self.publish(&events);
         match outcome {
             Outcome::Reply(reply) => self.answer(link, FromMaster::Reply { id, reply }),
             Outcome::Contested { worker, generation } => {
-                let Command::Connect { user, .. } = &command else { return };
+                let Command::Connect { user, .. } = &command else {
+                    return;
+                };
                 let user = user.clone();
-                let probe = FromMaster::Probe { user: user.clone(), generation };
+                let probe = FromMaster::Probe {
+                    user: user.clone(),
+                    generation,
+                };
                 if let Some(owner) = self.member_of(worker) {
                     owner.link.send(probe);
                 }
                 let deadline = now.instant + CONTEST;
-                let contest = Contest { link, id, command, deadline };
+                let contest = Contest {
+                    link,
+                    id,
+                    command,
+                    deadline,
+                };
                 self.contests.entry(user).or_default().push(contest);
             }
         }
@@ -342,16 +411,28 @@ impl Cluster {
     }
 
     fn join_user(&mut self, link: u64, id: u64, user: String, channel: String) {
-        let Some(registry) = &mut self.registry else { return };
-        let session = registry.state().session(&user).filter(|session| !session.lost);
+        let Some(registry) = &mut self.registry else {
+            return;
+        };
+        let session = registry
+            .state()
+            .session(&user)
+            .filter(|session| !session.lost);
         let Some(owner) = session.map(|session| session.owner.clone()) else {
             let outcome = JoinedElsewhere::Offline;
             self.answer(link, FromMaster::JoinedUser { id, outcome });
             return;
         };
         let generation = owner.generation;
-        let origin = Origin { worker: owner.worker, boot: owner.boot };
-        let join = Command::Join { user: user.clone(), generation, channel: channel.clone() };
+        let origin = Origin {
+            worker: owner.worker,
+            boot: owner.boot,
+        };
+        let join = Command::Join {
+            user: user.clone(),
+            generation,
+            channel: channel.clone(),
+        };
         let (events, outcome) = registry.command(&origin, &join, Now::read());
         self.publish(&events);
         let Outcome::Reply(Reply::Joined { fresh }) = outcome else {
@@ -361,15 +442,27 @@ impl Cluster {
         };
         let attach = self.next_attach;
         self.next_attach += 1;
-        let pending = PendingAttach { link, id, deadline: Instant::now() + ATTACH };
+        let pending = PendingAttach {
+            link,
+            id,
+            deadline: Instant::now() + ATTACH,
+        };
         self.attaches.insert(attach, pending);
         if let Some(owner) = self.member_of(origin.worker) {
-            owner.link.send(FromMaster::Attach { id: attach, user, generation, channel, fresh });
+            owner.link.send(FromMaster::Attach {
+                id: attach,
+                user,
+                generation,
+                channel,
+                fresh,
+            });
         }
     }
 
     fn member_of(&self, worker: u32) -> Option<&Member> {
-        self.members.values().find(|member| member.link.origin.worker == worker)
+        self.members
+            .values()
+            .find(|member| member.link.origin.worker == worker)
     }
 
     fn answer(&self, link: u64, frame: FromMaster) {
@@ -380,7 +473,9 @@ impl Cluster {
 
     /// Tells every worker, and the router, what changed.
     fn publish(&mut self, events: &[Numbered]) {
-        let Some(registry) = &self.registry else { return };
+        let Some(registry) = &self.registry else {
+            return;
+        };
         for numbered in events {
             for member in self.members.values() {
                 member.link.send(FromMaster::Event(numbered.clone()));
@@ -391,7 +486,9 @@ impl Cluster {
                 | Event::Lost { user, .. }
                 | Event::Reclaimed { user }
                 | Event::Ended { user } => {
-                    self.settings.affinity.update(user, registry.state().session(user));
+                    self.settings
+                        .affinity
+                        .update(user, registry.state().session(user));
                 }
                 Event::WorkerUp { .. } | Event::WorkerDown { .. } => self.write_roster(),
                 Event::Joined { .. } | Event::Left { .. } | Event::StatusChanged { .. } => {}
@@ -411,9 +508,14 @@ impl Cluster {
                     dead.push(*id);
                     continue;
                 }
-                self.settings.affinity.suspend(worker, member.unanswered >= SUSPECT_AFTER);
+                self.settings
+                    .affinity
+                    .suspend(worker, member.unanswered >= SUSPECT_AFTER);
                 member.unanswered += 1;
-                member.link.send(FromMaster::Tick { seq: self.tick, position });
+                member.link.send(FromMaster::Tick {
+                    seq: self.tick,
+                    position,
+                });
             }
         }
         for id in dead {
@@ -453,7 +555,13 @@ impl Cluster {
             !contests.is_empty()
         });
         for (link, id) in refused {
-            self.answer(link, FromMaster::Reply { id, reply: Reply::NameTaken });
+            self.answer(
+                link,
+                FromMaster::Reply {
+                    id,
+                    reply: Reply::NameTaken,
+                },
+            );
         }
         let late: Vec<u64> = self
             .attaches
@@ -470,7 +578,10 @@ impl Cluster {
     }
 
     fn report_status(&self) {
-        let users = self.registry.as_ref().map_or(0, |registry| registry.state().user_count());
+        let users = self
+            .registry
+            .as_ref()
+            .map_or(0, |registry| registry.state().user_count());
         systemd::status(&match self.members.len() {
             0 => "waiting for workers".to_owned(),
             workers => format!("{workers} workers, {users} users online"),
@@ -480,7 +591,9 @@ impl Cluster {
     /// Leaves word for the next master of whom to wait for. It is only a hint that makes its
     /// recovery complete, so failing to write it is no reason to stop.
     fn write_roster(&self) {
-        let Some(registry) = &self.registry else { return };
+        let Some(registry) = &self.registry else {
+            return;
+        };
         let workers: Vec<u32> = registry.state().workers().keys().copied().collect();
         let written = serde_json::to_vec(&workers)
             .map_err(std::io::Error::from)
@@ -520,7 +633,11 @@ async fn serve_stream(
     };
     if hello.protocol != PROTOCOL {
         let (worker, protocol) = (hello.worker, hello.protocol);
-        tracing::warn!(worker, protocol, "a worker of another version waits for its restart");
+        tracing::warn!(
+            worker,
+            protocol,
+            "a worker of another version waits for its restart"
+        );
         if let Ok(bytes) = control::encode(&FromMaster::Mismatch { protocol: PROTOCOL }) {
             // If it is gone, it need not be told.
             let _ = writer.send(bytes).await;
@@ -529,8 +646,15 @@ async fn serve_stream(
     }
     let (frames, mut frames_rx) = mpsc::channel::<FromMaster>(WORKER_QUEUE);
     let close = CancellationToken::new();
-    let origin = Origin { worker: hello.worker, boot: hello.boot.clone() };
-    let link = Link { origin, frames, close: close.clone() };
+    let origin = Origin {
+        worker: hello.worker,
+        boot: hello.boot.clone(),
+    };
+    let link = Link {
+        origin,
+        frames,
+        close: close.clone(),
+    };
     let sink: BusSink = {
         let link = link.clone();
         Arc::new(move |event| {
@@ -540,13 +664,22 @@ async fn serve_stream(
     };
     let client = Arc::new(store.client(sink));
     let requests = Arc::new(Semaphore::new(STORE_REQUESTS));
-    if inputs.send(Input::Hello { id, link: link.clone(), hello: Box::new(hello) }).await.is_err()
+    if inputs
+        .send(Input::Hello {
+            id,
+            link: link.clone(),
+            hello: Box::new(hello),
+        })
+        .await
+        .is_err()
     {
         return;
     }
     let writing = async {
         while let Some(frame) = frames_rx.recv().await {
-            let Ok(bytes) = control::encode(&frame) else { break };
+            let Ok(bytes) = control::encode(&frame) else {
+                break;
+            };
             if writer.feed(bytes).await.is_err() {
                 break;
             }
@@ -560,7 +693,9 @@ async fn serve_stream(
             match control::decode::<FromWorker>(&bytes) {
                 Ok(FromWorker::Store { id, request }) => {
                     // A worker that asks for too much at once waits, in its own stream.
-                    let Ok(permit) = requests.clone().acquire_owned().await else { break };
+                    let Ok(permit) = requests.clone().acquire_owned().await else {
+                        break;
+                    };
                     let (client, link) = (client.clone(), link.clone());
                     tokio::spawn(async move {
                         let _permit = permit;

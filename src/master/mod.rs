@@ -20,8 +20,8 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::cli::MasterArgs;
 use crate::ConfigError;
+use crate::cli::MasterArgs;
 use crate::handoff;
 use crate::store::embedded::Embedded;
 use crate::{serve, systemd};
@@ -50,7 +50,12 @@ pub async fn run(args: MasterArgs) -> anyhow::Result<()> {
     for listener in sockets.clients {
         let listener = tokio::net::TcpListener::from_std(listener)
             .context("a listening socket cannot be used")?;
-        tasks.spawn(accept::run(listener, router.clone(), gate.clone(), stop.clone()));
+        tasks.spawn(accept::run(
+            listener,
+            router.clone(),
+            gate.clone(),
+            stop.clone(),
+        ));
     }
     let control = tokio::net::UnixListener::from_std(sockets.control)
         .context("the control socket cannot be used")?;
@@ -79,7 +84,10 @@ pub async fn run(args: MasterArgs) -> anyhow::Result<()> {
     }
     systemd::stopping();
     stop.cancel();
-    if tokio::time::timeout(Duration::from_secs(5), tasks.wait()).await.is_err() {
+    if tokio::time::timeout(Duration::from_secs(5), tasks.wait())
+        .await
+        .is_err()
+    {
         tracing::warn!("some tasks did not stop within 5 s");
     }
     Ok(())

@@ -5,7 +5,9 @@ use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use crate::control::{Command, Ending, Hello, Reply};
-use crate::presence::{Authority, CatchUp, Event, Numbered, Owner, Position, Session, Snapshot, State};
+use crate::presence::{
+    Authority, CatchUp, Event, Numbered, Owner, Position, Session, Snapshot, State,
+};
 
 /// Channels that one session can be in.
 pub const MAX_CHANNELS: usize = 128;
@@ -22,7 +24,10 @@ pub struct Now {
 impl Now {
     /// Reads the clocks.
     pub fn read() -> Self {
-        Self { instant: Instant::now(), millis: jiff::Timestamp::now().as_millisecond() }
+        Self {
+            instant: Instant::now(),
+            millis: jiff::Timestamp::now().as_millisecond(),
+        }
     }
 }
 
@@ -86,11 +91,16 @@ impl Registry {
         }
         for hello in hellos {
             let boot = hello.boot.clone();
-            state.apply(&Event::WorkerUp { worker: hello.worker, boot });
+            state.apply(&Event::WorkerUp {
+                worker: hello.worker,
+                boot,
+            });
         }
         let users: Vec<String> = state.sessions().map(|(user, _)| user.to_owned()).collect();
         for user in users {
-            let Some(session) = state.session(&user) else { continue };
+            let Some(session) = state.session(&user) else {
+                continue;
+            };
             let claimed = hellos.iter().any(|hello| claims(hello, &user, session));
             if claimed {
                 state.apply(&Event::Reclaimed { user });
@@ -103,7 +113,11 @@ impl Registry {
         // Milliseconds make epochs grow over restarts that leave nothing behind; a clock that
         // was set back must not make them shrink over restarts that do.
         let epoch = u64::try_from(now.millis).unwrap_or(0).max(last_epoch + 1);
-        Self { authority: Authority::new(epoch, state), timing, deadlines }
+        Self {
+            authority: Authority::new(epoch, state),
+            timing,
+            deadlines,
+        }
     }
 
     /// The state.
@@ -135,7 +149,13 @@ impl Registry {
     ) -> (Vec<Numbered>, Outcome) {
         let mut events = Vec::new();
         let outcome = match command {
-            Command::Connect { user, connection, address, secret, claim } => {
+            Command::Connect {
+                user,
+                connection,
+                address,
+                secret,
+                claim,
+            } => {
                 let owner = |generation| Owner {
                     generation,
                     worker: from.worker,
@@ -150,13 +170,24 @@ impl Registry {
                     Some(session) if session.owner.connection == *connection => {}
                     None => {
                         let (user, at) = (user.clone(), now.millis);
-                        events.push(Event::Connected { user, owner: owner(generation), at });
+                        events.push(Event::Connected {
+                            user,
+                            owner: owner(generation),
+                            at,
+                        });
                     }
-                    Some(session) if session.lost || claim.as_ref() == Some(&session.owner.secret) => {
-                        events.push(Event::Resumed { user: user.clone(), owner: owner(generation) });
+                    Some(session)
+                        if session.lost || claim.as_ref() == Some(&session.owner.secret) =>
+                    {
+                        events.push(Event::Resumed {
+                            user: user.clone(),
+                            owner: owner(generation),
+                        });
                     }
                     Some(session) => {
-                        let Owner { worker, generation, .. } = session.owner;
+                        let Owner {
+                            worker, generation, ..
+                        } = session.owner;
                         return (Vec::new(), Outcome::Contested { worker, generation });
                     }
                 }
@@ -177,7 +208,11 @@ impl Registry {
                 };
                 return (events, Outcome::Reply(reply));
             }
-            Command::Disconnect { user, generation, ending } => {
+            Command::Disconnect {
+                user,
+                generation,
+                ending,
+            } => {
                 if self.current(user, *generation).is_some() {
                     events.push(match ending {
                         Ending::Lost { confirmed } if !self.timing.grace.is_zero() => {
@@ -188,41 +223,63 @@ impl Registry {
                 }
                 Reply::Done
             }
-            Command::Join { user, generation, channel } => {
-                match self.current(user, *generation) {
-                    None => Reply::Superseded,
-                    Some(session) if session.channels.contains_key(channel) => {
-                        Reply::Joined { fresh: false }
-                    }
-                    Some(session) if session.channels.len() >= MAX_CHANNELS => {
-                        Reply::TooManyChannels
-                    }
-                    Some(_) => {
-                        let (user, channel) = (user.clone(), channel.clone());
-                        events.push(Event::Joined { user, channel, at: now.millis });
-                        Reply::Joined { fresh: true }
-                    }
+            Command::Join {
+                user,
+                generation,
+                channel,
+            } => match self.current(user, *generation) {
+                None => Reply::Superseded,
+                Some(session) if session.channels.contains_key(channel) => {
+                    Reply::Joined { fresh: false }
                 }
-            }
-            Command::Leave { user, generation, channel } => {
-                match self.current(user, *generation) {
-                    None => Reply::Superseded,
-                    Some(session) if session.channels.contains_key(channel) => {
-                        let (user, channel) = (user.clone(), channel.clone());
-                        events.push(Event::Left { user, channel, at: now.millis });
-                        Reply::Done
-                    }
-                    Some(_) => Reply::NotJoined,
+                Some(session) if session.channels.len() >= MAX_CHANNELS => Reply::TooManyChannels,
+                Some(_) => {
+                    let (user, channel) = (user.clone(), channel.clone());
+                    events.push(Event::Joined {
+                        user,
+                        channel,
+                        at: now.millis,
+                    });
+                    Reply::Joined { fresh: true }
                 }
-            }
-            Command::SetStatus { user, generation, channel, status } => {
-                match self.current(user, *generation).map(|s| s.channels.get(channel)) {
+            },
+            Command::Leave {
+                user,
+                generation,
+                channel,
+            } => match self.current(user, *generation) {
+                None => Reply::Superseded,
+                Some(session) if session.channels.contains_key(channel) => {
+                    let (user, channel) = (user.clone(), channel.clone());
+                    events.push(Event::Left {
+                        user,
+                        channel,
+                        at: now.millis,
+                    });
+                    Reply::Done
+                }
+                Some(_) => Reply::NotJoined,
+            },
+            Command::SetStatus {
+                user,
+                generation,
+                channel,
+                status,
+            } => {
+                match self
+                    .current(user, *generation)
+                    .map(|s| s.channels.get(channel))
+                {
                     None => Reply::Superseded,
                     Some(None) => Reply::NotJoined,
                     Some(Some(membership)) if membership.status == *status => Reply::Done,
                     Some(Some(_)) => {
                         let (user, channel, status) = (user.clone(), channel.clone(), *status);
-                        events.push(Event::StatusChanged { user, channel, status });
+                        events.push(Event::StatusChanged {
+                            user,
+                            channel,
+                            status,
+                        });
                         Reply::Done
                     }
                 }
@@ -237,7 +294,10 @@ impl Registry {
         let mut events = Vec::new();
         if self.state().workers().get(&hello.worker) != Some(&hello.boot) {
             let boot = hello.boot.clone();
-            events.push(Event::WorkerUp { worker: hello.worker, boot });
+            events.push(Event::WorkerUp {
+                worker: hello.worker,
+                boot,
+            });
         }
         let mut reclaimed = Vec::new();
         let mut missing = Vec::new();
@@ -264,7 +324,9 @@ impl Registry {
     pub fn worker_down(&mut self, origin: &Origin, now: Now) -> Vec<Numbered> {
         let mut events = Vec::new();
         if self.state().workers().get(&origin.worker) == Some(&origin.boot) {
-            events.push(Event::WorkerDown { worker: origin.worker });
+            events.push(Event::WorkerDown {
+                worker: origin.worker,
+            });
         }
         let orphans: Vec<String> = self
             .state()
@@ -291,7 +353,11 @@ impl Registry {
         let mut events = Vec::new();
         for user in due {
             self.deadlines.remove(&user);
-            if self.state().session(&user).is_some_and(|session| session.lost) {
+            if self
+                .state()
+                .session(&user)
+                .is_some_and(|session| session.lost)
+            {
                 events.push(Event::Ended { user });
             }
         }
@@ -300,7 +366,9 @@ impl Registry {
 
     /// The session of a user, if it is of this generation.
     fn current(&self, user: &str, generation: u64) -> Option<&Session> {
-        self.state().session(user).filter(|session| session.owner.generation == generation)
+        self.state()
+            .session(user)
+            .filter(|session| session.owner.generation == generation)
     }
 
     /// Above all that were ever given out: by this epoch's log, and by masters of which nothing
@@ -310,21 +378,30 @@ impl Registry {
     }
 
     fn lose(&mut self, user: &str, confirmed: Option<i64>, now: Now) -> Event {
-        self.deadlines.insert(user.to_owned(), now.instant + self.timing.grace);
+        self.deadlines
+            .insert(user.to_owned(), now.instant + self.timing.grace);
         let confirmed = confirmed.unwrap_or_else(|| fallback_confirmed(self.timing, now));
-        Event::Lost { user: user.to_owned(), confirmed }
+        Event::Lost {
+            user: user.to_owned(),
+            confirmed,
+        }
     }
 
     fn lose_or_end(&mut self, user: &str, now: Now) -> Event {
         if self.timing.grace.is_zero() {
-            Event::Ended { user: user.to_owned() }
+            Event::Ended {
+                user: user.to_owned(),
+            }
         } else {
             self.lose(user, None, now)
         }
     }
 
     fn commit_all(&mut self, events: Vec<Event>) -> Vec<Numbered> {
-        events.into_iter().map(|event| self.authority.commit(event)).collect()
+        events
+            .into_iter()
+            .map(|event| self.authority.commit(event))
+            .collect()
     }
 }
 
@@ -332,14 +409,18 @@ impl Registry {
 fn claims(hello: &Hello, user: &str, session: &Session) -> bool {
     session.owner.worker == hello.worker
         && session.owner.boot == hello.boot
-        && hello.sessions.iter().any(|(u, g)| u == user && *g == session.owner.generation)
+        && hello
+            .sessions
+            .iter()
+            .any(|(u, g)| u == user && *g == session.owner.generation)
 }
 
 /// Up to when a client whose worker died has received everything for certain. A connection is
 /// alive only while heartbeats are answered, so what was sent two such rounds ago has arrived.
 fn fallback_confirmed(timing: Timing, now: Now) -> i64 {
     let rounds = timing.silence.saturating_mul(2).as_millis();
-    now.millis.saturating_sub(i64::try_from(rounds).unwrap_or(i64::MAX))
+    now.millis
+        .saturating_sub(i64::try_from(rounds).unwrap_or(i64::MAX))
 }
 
 #[cfg(test)]
@@ -349,15 +430,24 @@ mod tests {
     const GRACE: Duration = Duration::from_secs(10);
 
     fn timing() -> Timing {
-        Timing { grace: GRACE, silence: Duration::from_secs(25) }
+        Timing {
+            grace: GRACE,
+            silence: Duration::from_secs(25),
+        }
     }
 
     fn now() -> Now {
-        Now { instant: Instant::now(), millis: 1_000_000 }
+        Now {
+            instant: Instant::now(),
+            millis: 1_000_000,
+        }
     }
 
     fn origin(worker: u32) -> Origin {
-        Origin { worker, boot: format!("boot{worker}") }
+        Origin {
+            worker,
+            boot: format!("boot{worker}"),
+        }
     }
 
     fn hello(worker: u32, replica: Option<Snapshot>, sessions: &[(&str, u64)]) -> Hello {
@@ -366,12 +456,19 @@ mod tests {
             worker,
             boot: format!("boot{worker}"),
             replica,
-            sessions: sessions.iter().map(|(u, g)| ((*u).to_owned(), *g)).collect(),
+            sessions: sessions
+                .iter()
+                .map(|(u, g)| ((*u).to_owned(), *g))
+                .collect(),
         }
     }
 
     fn empty() -> Registry {
-        Registry::recover(&[&hello(0, None, &[]), &hello(1, None, &[])], timing(), now())
+        Registry::recover(
+            &[&hello(0, None, &[]), &hello(1, None, &[])],
+            timing(),
+            now(),
+        )
     }
 
     fn connect(connection: &str, claim: Option<&str>) -> Command {
@@ -393,11 +490,19 @@ mod tests {
 
     fn lost(generation: u64) -> Command {
         let ending = Ending::Lost { confirmed: Some(7) };
-        Command::Disconnect { user: "ann".into(), generation, ending }
+        Command::Disconnect {
+            user: "ann".into(),
+            generation,
+            ending,
+        }
     }
 
     fn join(generation: u64, channel: &str) -> Command {
-        Command::Join { user: "ann".into(), generation, channel: channel.into() }
+        Command::Join {
+            user: "ann".into(),
+            generation,
+            channel: channel.into(),
+        }
     }
 
     #[test]
@@ -407,7 +512,13 @@ mod tests {
         let (events, second) = registry.command(&origin(1), &connect("c2", None), now());
         assert_eq!(events, []);
         let generation = generation(&first);
-        assert_eq!(second, Outcome::Contested { worker: 0, generation });
+        assert_eq!(
+            second,
+            Outcome::Contested {
+                worker: 0,
+                generation
+            }
+        );
     }
 
     #[test]
@@ -416,7 +527,10 @@ mod tests {
         let (_, first) = registry.command(&origin(0), &connect("c1", None), now());
         let position = registry.position();
         let (events, again) = registry.command(&origin(0), &connect("c1", None), now());
-        assert_eq!((events, again, registry.position()), (vec![], first, position));
+        assert_eq!(
+            (events, again, registry.position()),
+            (vec![], first, position)
+        );
     }
 
     #[test]
@@ -425,10 +539,14 @@ mod tests {
         let (_, first) = registry.command(&origin(0), &connect("c1", None), now());
         let old = generation(&first);
         registry.command(&origin(0), &join(old, "x"), now());
-        let (_, second) =
-            registry.command(&origin(1), &connect("c2", Some("secret of c1")), now());
+        let (_, second) = registry.command(&origin(1), &connect("c2", Some("secret of c1")), now());
         match &second {
-            Outcome::Reply(Reply::Connected { generation, resumed: true, channels, .. }) => {
+            Outcome::Reply(Reply::Connected {
+                generation,
+                resumed: true,
+                channels,
+                ..
+            }) => {
                 assert!(*generation > old);
                 assert_eq!(channels.len(), 1);
             }
@@ -437,7 +555,11 @@ mod tests {
         let (_, outcome) = registry.command(&origin(0), &join(old, "y"), now());
         assert_eq!(outcome, Outcome::Reply(Reply::Superseded));
         let (events, _) = registry.command(&origin(0), &lost(old), now());
-        assert_eq!(events, [], "an old connection must not end the new one's session");
+        assert_eq!(
+            events,
+            [],
+            "an old connection must not end the new one's session"
+        );
     }
 
     #[test]
@@ -446,7 +568,10 @@ mod tests {
         let start = now();
         let (_, first) = registry.command(&origin(0), &connect("c1", None), start);
         registry.command(&origin(0), &lost(generation(&first)), start);
-        let later = |d| Now { instant: start.instant + d, ..start };
+        let later = |d| Now {
+            instant: start.instant + d,
+            ..start
+        };
         assert_eq!(registry.expire(later(GRACE - Duration::from_millis(1))), []);
         assert_eq!(registry.expire(later(GRACE)).len(), 1);
         assert!(registry.state().session("ann").is_none());
@@ -461,9 +586,16 @@ mod tests {
         let (_, second) = registry.command(&origin(1), &connect("c2", None), start);
         assert!(matches!(
             second,
-            Outcome::Reply(Reply::Connected { resumed: true, confirmed: 1_000_000, .. })
+            Outcome::Reply(Reply::Connected {
+                resumed: true,
+                confirmed: 1_000_000,
+                ..
+            })
         ));
-        let late = Now { instant: start.instant + GRACE * 2, ..start };
+        let late = Now {
+            instant: start.instant + GRACE * 2,
+            ..start
+        };
         assert_eq!(registry.expire(late), []);
     }
 
@@ -476,7 +608,10 @@ mod tests {
         assert!(registry.state().session("ann").unwrap().lost);
         registry.worker_up(&hello(0, None, &[("ann", generation)]), now());
         assert!(!registry.state().session("ann").unwrap().lost);
-        let late = Now { instant: Instant::now() + GRACE * 2, millis: 0 };
+        let late = Now {
+            instant: Instant::now() + GRACE * 2,
+            millis: 0,
+        };
         assert_eq!(registry.expire(late), []);
     }
 
@@ -497,8 +632,10 @@ mod tests {
         let (_, first) = before.command(&origin(0), &connect("c1", None), now());
         let generation = generation(&first);
         let new = before.snapshot();
-        let hellos =
-            [hello(1, Some(old), &[]), hello(0, Some(new), &[("ann", generation)])];
+        let hellos = [
+            hello(1, Some(old), &[]),
+            hello(0, Some(new), &[("ann", generation)]),
+        ];
         let after = Registry::recover(&[&hellos[0], &hellos[1]], timing(), now());
         assert!(!after.state().session("ann").unwrap().lost);
         assert!(after.position().epoch > before.position().epoch);
@@ -510,8 +647,14 @@ mod tests {
             timing(),
             now(),
         );
-        assert!(after.state().session("ann").unwrap().lost, "its worker did not come back");
-        let late = Now { instant: Instant::now() + GRACE * 2, millis: 0 };
+        assert!(
+            after.state().session("ann").unwrap().lost,
+            "its worker did not come back"
+        );
+        let late = Now {
+            instant: Instant::now() + GRACE * 2,
+            millis: 0,
+        };
         assert_eq!(after.expire(late).len(), 1, "grace begins anew and ends");
     }
 

@@ -50,9 +50,18 @@ pub struct Accepted {
 /// What the hand-off streams tell the router.
 #[derive(Debug)]
 enum FromLink {
-    Joined { link: u64, worker: u32, end: Arc<MasterEnd> },
-    Frame { link: u64, frame: ToMaster },
-    Gone { link: u64 },
+    Joined {
+        link: u64,
+        worker: u32,
+        end: Arc<MasterEnd>,
+    },
+    Frame {
+        link: u64,
+        frame: ToMaster,
+    },
+    Gone {
+        link: u64,
+    },
 }
 
 /// The way to the router.
@@ -98,7 +107,9 @@ pub fn spawn(
         refusals: Arc::new(Semaphore::new(REFUSALS)),
     };
     tasks.spawn(async move {
-        let _ = stop.run_until_cancelled(router.run(accepted_rx, links_rx)).await;
+        let _ = stop
+            .run_until_cancelled(router.run(accepted_rx, links_rx))
+            .await;
     });
     (RouterHandle { accepted, links }, gate_rx)
 }
@@ -117,7 +128,9 @@ pub async fn serve_workers(
                     let links = router.links.clone();
                     let stop = stop.clone();
                     streams.spawn(async move {
-                        let _ = stop.run_until_cancelled(serve_worker(link, end, links)).await;
+                        let _ = stop
+                            .run_until_cancelled(serve_worker(link, end, links))
+                            .await;
                     });
                 }
                 Err(error) => {
@@ -137,12 +150,18 @@ async fn serve_worker(link: u64, end: MasterEnd, links: mpsc::Sender<FromLink>) 
     let end = Arc::new(end);
     loop {
         let input = match end.recv().await {
-            Ok(Some(ToMaster::Hello { protocol, worker, .. })) => {
+            Ok(Some(ToMaster::Hello {
+                protocol, worker, ..
+            })) => {
                 if protocol != handoff::PROTOCOL {
                     tracing::warn!(worker, protocol, "a worker of another version: no hand-off");
                     break;
                 }
-                FromLink::Joined { link, worker, end: end.clone() }
+                FromLink::Joined {
+                    link,
+                    worker,
+                    end: end.clone(),
+                }
             }
             Ok(Some(frame)) => FromLink::Frame { link, frame },
             Ok(None) => break,
@@ -209,10 +228,7 @@ fn choose(key: &RoutingKey, home: Option<u32>, standings: &[Standing]) -> Choice
     }
     let ready = |worker: u32| {
         standings.iter().any(|s| {
-            s.worker == worker
-                && s.state == WorkerState::Serving
-                && s.window > 0
-                && !s.passed_over
+            s.worker == worker && s.state == WorkerState::Serving && s.window > 0 && !s.passed_over
         })
     };
     let ranked = routing::ranked(key, standings.iter().map(|s| s.worker));
@@ -261,15 +277,28 @@ impl Router {
     fn heard(&mut self, input: FromLink) {
         match input {
             FromLink::Joined { link, worker, end } => {
-                let credit = Credit { window: 0, reserve: 0, state: WorkerState::Starting };
-                let slot =
-                    Slot { link, end, credit, unacknowledged: BTreeMap::new(), silent: false };
+                let credit = Credit {
+                    window: 0,
+                    reserve: 0,
+                    state: WorkerState::Starting,
+                };
+                let slot = Slot {
+                    link,
+                    end,
+                    credit,
+                    unacknowledged: BTreeMap::new(),
+                    silent: false,
+                };
                 if let Some(old) = self.slots.insert(worker, slot) {
                     self.take_back(old);
                 }
             }
             FromLink::Gone { link } => {
-                let worker = self.slots.iter().find(|(_, s)| s.link == link).map(|(w, _)| *w);
+                let worker = self
+                    .slots
+                    .iter()
+                    .find(|(_, s)| s.link == link)
+                    .map(|(w, _)| *w);
                 if let Some(old) = worker.and_then(|worker| self.slots.remove(&worker)) {
                     self.take_back(old);
                 }
@@ -358,7 +387,9 @@ impl Router {
 
     /// Sends a connection to a worker; returns it if that cannot be done.
     fn hand_over(&mut self, worker: u32, connection: Accepted) -> Option<Accepted> {
-        let Some(slot) = self.slots.get_mut(&worker) else { return Some(connection) };
+        let Some(slot) = self.slots.get_mut(&worker) else {
+            return Some(connection);
+        };
         let seq = self.next_seq;
         self.next_seq += 1;
         let offer = Offer {
@@ -367,9 +398,13 @@ impl Router {
             client: connection.client,
             at: handoff::monotonic_millis(),
         };
-        match slot.end.try_send(&ToWorker::Offer(offer), connection.stream.as_fd()) {
+        match slot
+            .end
+            .try_send(&ToWorker::Offer(offer), connection.stream.as_fd())
+        {
             Ok(()) => {
-                slot.unacknowledged.insert(seq, (Instant::now(), connection));
+                slot.unacknowledged
+                    .insert(seq, (Instant::now(), connection));
                 None
             }
             Err(error) => {
@@ -384,16 +419,19 @@ impl Router {
     fn set_gate(&self) {
         let open = self.waiting.is_empty() && {
             let standings = self.standings();
-            standings.iter().any(|s| {
-                s.state == WorkerState::Serving && s.window > 0 && !s.passed_over
-            }) || (!standings.is_empty()
-                && standings.iter().all(|s| s.state == WorkerState::Full))
+            standings
+                .iter()
+                .any(|s| s.state == WorkerState::Serving && s.window > 0 && !s.passed_over)
+                || (!standings.is_empty() && standings.iter().all(|s| s.state == WorkerState::Full))
         };
-        self.gate.send_if_modified(|gate| std::mem::replace(gate, open) != open);
+        self.gate
+            .send_if_modified(|gate| std::mem::replace(gate, open) != open);
     }
 
     fn refuse(&self, connection: Accepted) {
-        let Ok(permit) = self.refusals.clone().try_acquire_owned() else { return };
+        let Ok(permit) = self.refusals.clone().try_acquire_owned() else {
+            return;
+        };
         tokio::spawn(async move {
             let _permit = permit;
             let client = connection.client;
@@ -436,17 +474,34 @@ mod tests {
     }
 
     fn standing(worker: u32, state: WorkerState, window: u32) -> Standing {
-        Standing { worker, state, window, reserve: 0, passed_over: false }
+        Standing {
+            worker,
+            state,
+            window,
+            reserve: 0,
+            passed_over: false,
+        }
     }
 
     use WorkerState::{Draining, Full, Serving, Starting};
 
     #[test]
     fn without_sessions_the_hash_decides_among_workers_with_credit() {
-        let all = [standing(0, Serving, 1), standing(1, Serving, 1), standing(2, Serving, 1)];
-        let Choice::Worker(first) = choose(&key(1), None, &all) else { panic!("no worker") };
-        let without = all.map(|s| Standing { window: u32::from(s.worker != first), ..s });
-        let Choice::Worker(second) = choose(&key(1), None, &without) else { panic!("no worker") };
+        let all = [
+            standing(0, Serving, 1),
+            standing(1, Serving, 1),
+            standing(2, Serving, 1),
+        ];
+        let Choice::Worker(first) = choose(&key(1), None, &all) else {
+            panic!("no worker")
+        };
+        let without = all.map(|s| Standing {
+            window: u32::from(s.worker != first),
+            ..s
+        });
+        let Choice::Worker(second) = choose(&key(1), None, &without) else {
+            panic!("no worker")
+        };
         assert_ne!(first, second);
     }
 
@@ -455,7 +510,10 @@ mod tests {
         for home in 0..3 {
             let all = [0, 1, 2].map(|worker| {
                 let state = if worker == home { Full } else { Serving };
-                Standing { reserve: 1, ..standing(worker, state, u32::from(state == Serving)) }
+                Standing {
+                    reserve: 1,
+                    ..standing(worker, state, u32::from(state == Serving))
+                }
             });
             assert_eq!(choose(&key(1), Some(home), &all), Choice::Worker(home));
         }
@@ -471,8 +529,13 @@ mod tests {
     fn a_worker_that_drains_or_is_silent_keeps_nobody() {
         let draining = [standing(0, Draining, 0), standing(1, Serving, 5)];
         assert_eq!(choose(&key(1), Some(0), &draining), Choice::Worker(1));
-        let silent =
-            [Standing { passed_over: true, ..standing(0, Serving, 5) }, standing(1, Serving, 5)];
+        let silent = [
+            Standing {
+                passed_over: true,
+                ..standing(0, Serving, 5)
+            },
+            standing(1, Serving, 5),
+        ];
         assert_eq!(choose(&key(1), Some(0), &silent), Choice::Worker(1));
     }
 

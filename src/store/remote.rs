@@ -34,7 +34,9 @@ impl ControlStore {
 }
 
 fn unexpected(response: &StoreResponse) -> StoreError {
-    StoreError::Unavailable(format!("the master answered another question: {response:?}"))
+    StoreError::Unavailable(format!(
+        "the master answered another question: {response:?}"
+    ))
 }
 
 #[async_trait]
@@ -44,7 +46,12 @@ impl Store for ControlStore {
     }
 
     async fn user(&self, name: &str) -> Result<Option<User>, StoreError> {
-        match self.call(StoreRequest::User { name: name.to_owned() }).await? {
+        match self
+            .call(StoreRequest::User {
+                name: name.to_owned(),
+            })
+            .await?
+        {
             StoreResponse::User(user) => Ok(user),
             other => Err(unexpected(&other)),
         }
@@ -52,7 +59,8 @@ impl Store for ControlStore {
 
     async fn replace_hash(&self, name: &str, from: &str, to: &str) -> Result<(), StoreError> {
         let (name, from, to) = (name.to_owned(), from.to_owned(), to.to_owned());
-        self.done(StoreRequest::ReplaceHash { name, from, to }).await
+        self.done(StoreRequest::ReplaceHash { name, from, to })
+            .await
     }
 
     async fn channels(&self) -> Result<Vec<Channel>, StoreError> {
@@ -74,7 +82,13 @@ impl Store for ControlStore {
     }
 
     async fn read(&self, channel: &str, range: Range) -> Result<Page, StoreError> {
-        match self.call(StoreRequest::Read { channel: channel.to_owned(), range }).await? {
+        match self
+            .call(StoreRequest::Read {
+                channel: channel.to_owned(),
+                range,
+            })
+            .await?
+        {
             StoreResponse::Page(page) => Ok(page),
             other => Err(unexpected(&other)),
         }
@@ -82,21 +96,32 @@ impl Store for ControlStore {
 
     async fn last_before(&self, channel: &str, millis: i64) -> Result<u64, StoreError> {
         let channel = channel.to_owned();
-        match self.call(StoreRequest::LastBefore { channel, millis }).await? {
+        match self
+            .call(StoreRequest::LastBefore { channel, millis })
+            .await?
+        {
             StoreResponse::Id(id) => Ok(id),
             other => Err(unexpected(&other)),
         }
     }
 
     async fn subscribe(&self, channel: &str) -> Result<u64, StoreError> {
-        match self.call(StoreRequest::Subscribe { channel: channel.to_owned() }).await? {
+        match self
+            .call(StoreRequest::Subscribe {
+                channel: channel.to_owned(),
+            })
+            .await?
+        {
             StoreResponse::Id(id) => Ok(id),
             other => Err(unexpected(&other)),
         }
     }
 
     async fn unsubscribe(&self, channel: &str) -> Result<(), StoreError> {
-        self.done(StoreRequest::Unsubscribe { channel: channel.to_owned() }).await
+        self.done(StoreRequest::Unsubscribe {
+            channel: channel.to_owned(),
+        })
+        .await
     }
 
     async fn typing(&self, channel: &str, user: &str) -> Result<(), StoreError> {

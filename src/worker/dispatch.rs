@@ -149,7 +149,10 @@ impl Dispatch {
     /// Those of the store.
     pub async fn open(&self, channel: &str) -> Result<u64, StoreError> {
         let (reply, answer) = oneshot::channel();
-        let item = Item::Open { channel: channel.to_owned(), reply };
+        let item = Item::Open {
+            channel: channel.to_owned(),
+            reply,
+        };
         let stopped = || StoreError::Unavailable("the worker stops".to_owned());
         self.send(item).await.ok_or_else(stopped)?;
         answer.await.map_err(|_| stopped())?
@@ -163,7 +166,10 @@ impl Dispatch {
     /// A channel's members, as clients see them.
     pub fn online(&self, channel: &str) -> Vec<(String, Status)> {
         self.with_state(|state| {
-            state.members(channel).map(|(user, status)| (user.to_owned(), status)).collect()
+            state
+                .members(channel)
+                .map(|(user, status)| (user.to_owned(), status))
+                .collect()
         })
         .unwrap_or_default()
     }
@@ -240,12 +246,7 @@ pub struct Loop {
 
 impl Loop {
     /// A loop without sockets.
-    pub fn new(
-        dispatch: Dispatch,
-        identity: Identity,
-        link: Link,
-        store: Arc<dyn Store>,
-    ) -> Self {
+    pub fn new(dispatch: Dispatch, identity: Identity, link: Link, store: Arc<dyn Store>) -> Self {
         Self {
             dispatch,
             identity,
@@ -298,7 +299,11 @@ impl Loop {
                 let _ = reply.send(Known { replica, sessions });
             }
             Item::Arrived(local) => {
-                let seat = Seat { local, generation: None, rooms: HashSet::new() };
+                let seat = Seat {
+                    local,
+                    generation: None,
+                    rooms: HashSet::new(),
+                };
                 self.seats.insert(seat.local.connection.clone(), seat);
             }
             Item::Departed(connection) => self.departed(&connection),
@@ -307,7 +312,9 @@ impl Loop {
             Item::Subscribed { channel, result } => self.subscribed(&channel, result),
             Item::Unsubscribed { channel } => self.unsubscribed(channel),
             Item::Mended { channel, result } => {
-                let Some(room) = self.rooms.get_mut(&channel) else { return };
+                let Some(room) = self.rooms.get_mut(&channel) else {
+                    return;
+                };
                 match result {
                     Ok(page) => {
                         let step = room.feed.mend(page);
@@ -344,7 +351,13 @@ impl Loop {
                     self.catch_up();
                 }
             }
-            FromMaster::Attach { id, user, generation, channel, fresh } => {
+            FromMaster::Attach {
+                id,
+                user,
+                generation,
+                channel,
+                fresh,
+            } => {
                 self.attach_elsewhere(id, &user, generation, channel, fresh);
             }
             FromMaster::Probe { user, generation } => {
@@ -392,7 +405,9 @@ impl Loop {
             self.seats
                 .values()
                 .filter(|seat| {
-                    let Some(generation) = seat.generation else { return false };
+                    let Some(generation) = seat.generation else {
+                        return false;
+                    };
                     state.session(&seat.local.user).is_none_or(|session| {
                         session.owner.generation != generation
                             || session.owner.boot != self.identity.boot
@@ -416,7 +431,8 @@ impl Loop {
                 }
                 if let Some(seat) = self.seats.get_mut(owner.connection.as_str()) {
                     seat.generation = Some(owner.generation);
-                    self.users.insert(user.as_str().into(), seat.local.connection.clone());
+                    self.users
+                        .insert(user.as_str().into(), seat.local.connection.clone());
                 } else if owner.boot == self.identity.boot {
                     self.disown(user.clone(), owner.generation);
                 }
@@ -455,7 +471,11 @@ impl Loop {
                     let data = json!({ "username": user, "channel": channel });
                     self.to_room(&channel, Some(&user), "user : quit", &data);
                 }
-                Notice::StatusChanged { user, channel, status } => {
+                Notice::StatusChanged {
+                    user,
+                    channel,
+                    status,
+                } => {
                     let data = json!({ "channel": channel, "user": user, "status": status });
                     self.to_room(&channel, Some(&user), "user : status_changed", &data);
                 }
@@ -471,7 +491,9 @@ impl Loop {
     }
 
     fn departed(&mut self, connection: &Arc<str>) {
-        let Some(seat) = self.seats.remove(connection) else { return };
+        let Some(seat) = self.seats.remove(connection) else {
+            return;
+        };
         if self.users.get(&seat.local.user) == Some(connection) {
             self.users.remove(&seat.local.user);
         }
@@ -487,7 +509,13 @@ impl Loop {
         let ending = Ending::Lost { confirmed: None };
         tokio::spawn(async move {
             // It fails only when the worker stops, and then the master sees that.
-            let _ = link.insist(Command::Disconnect { user, generation, ending }).await;
+            let _ = link
+                .insist(Command::Disconnect {
+                    user,
+                    generation,
+                    ending,
+                })
+                .await;
         });
     }
 
@@ -523,9 +551,13 @@ impl Loop {
         event: &'static str,
         data: &serde_json::Value,
     ) {
-        let Some(room) = self.rooms.get(channel) else { return };
+        let Some(room) = self.rooms.get(channel) else {
+            return;
+        };
         for connection in room.members.keys() {
-            let Some(seat) = self.seats.get(connection) else { continue };
+            let Some(seat) = self.seats.get(connection) else {
+                continue;
+            };
             if except != Some(&*seat.local.user) {
                 seat.local.wire.emit(event, data);
             }
@@ -537,15 +569,21 @@ impl Loop {
     fn bus(&mut self, event: BusEvent) {
         match event {
             BusEvent::Message { channel, message } => {
-                let Some(room) = self.rooms.get_mut(&channel) else { return };
+                let Some(room) = self.rooms.get_mut(&channel) else {
+                    return;
+                };
                 let step = room.feed.offer(message);
                 self.step(&channel, step);
             }
             BusEvent::Typing { channel, user } => {
-                let Some(room) = self.rooms.get(&channel) else { return };
+                let Some(room) = self.rooms.get(&channel) else {
+                    return;
+                };
                 let data = json!({ "username": user, "channel": channel });
                 for connection in room.members.keys() {
-                    let Some(seat) = self.seats.get(connection) else { continue };
+                    let Some(seat) = self.seats.get(connection) else {
+                        continue;
+                    };
                     if *seat.local.user != *user {
                         seat.local.wire.emit_volatile("user : typing", &data);
                     }
@@ -570,7 +608,9 @@ impl Loop {
         if let Some(room) = self.rooms.get(channel) {
             for message in &step.deliver {
                 for (connection, from) in &room.members {
-                    let Some(seat) = self.seats.get(connection) else { continue };
+                    let Some(seat) = self.seats.get(connection) else {
+                        continue;
+                    };
                     let own = *message.sender == **connection
                         || (seat.local.spare_own && *message.user == *seat.local.user);
                     if !own && message.id > *from {
@@ -583,7 +623,10 @@ impl Loop {
             let (store, dispatch) = (self.store.clone(), self.dispatch.clone());
             let channel = channel.to_owned();
             tokio::spawn(async move {
-                let range = Range::After { id, limit: PAGE_LIMIT };
+                let range = Range::After {
+                    id,
+                    limit: PAGE_LIMIT,
+                };
                 let result = store.read(&channel, range).await;
                 dispatch.send(Item::Mended { channel, result }).await;
             });
@@ -607,7 +650,9 @@ impl Loop {
     }
 
     fn subscribe(&mut self, channel: &str) {
-        let Some(room) = self.rooms.get_mut(channel) else { return };
+        let Some(room) = self.rooms.get_mut(channel) else {
+            return;
+        };
         room.subscription = Subscription::Pending;
         let (store, dispatch) = (self.store.clone(), self.dispatch.clone());
         let channel = channel.to_owned();
@@ -618,7 +663,9 @@ impl Loop {
     }
 
     fn subscribed(&mut self, channel: &str, result: Result<u64, StoreError>) {
-        let Some(room) = self.rooms.get_mut(channel) else { return };
+        let Some(room) = self.rooms.get_mut(channel) else {
+            return;
+        };
         match result {
             Ok(last) => {
                 room.subscription = Subscription::Active;
@@ -641,7 +688,9 @@ impl Loop {
     }
 
     fn unsubscribed(&mut self, channel: String) {
-        let Some(room) = self.rooms.get_mut(&channel) else { return };
+        let Some(room) = self.rooms.get_mut(&channel) else {
+            return;
+        };
         if room.opening.is_empty() {
             self.rooms.remove(&channel);
         } else {
@@ -653,7 +702,12 @@ impl Loop {
     }
 
     fn attach(&mut self, attach: Attach) {
-        let Attach { connection, mut channels, purpose, outcome } = attach;
+        let Attach {
+            connection,
+            mut channels,
+            purpose,
+            outcome,
+        } = attach;
         let Some(seat) = self.seats.get(&connection) else {
             // The session ends by itself.
             let _ = outcome.send(Attached::Gone);
@@ -670,8 +724,12 @@ impl Loop {
         }
         match purpose {
             Purpose::Join(answer) => {
-                let Some((channel, id)) = channels.first() else { return };
-                let Some(room) = self.rooms.get(channel) else { return };
+                let Some((channel, id)) = channels.first() else {
+                    return;
+                };
+                let Some(room) = self.rooms.get(channel) else {
+                    return;
+                };
                 let missed: Vec<_> = room.feed.after(*id).cloned().collect();
                 let fresh = answer.fresh();
                 let online = self.dispatch.online(channel);
@@ -683,7 +741,9 @@ impl Loop {
             }
             Purpose::Resume => {
                 for (channel, id) in &mut channels {
-                    let Some(room) = self.rooms.get(channel.as_str()) else { continue };
+                    let Some(room) = self.rooms.get(channel.as_str()) else {
+                        continue;
+                    };
                     for message in room.feed.after(*id) {
                         let own = seat.local.spare_own && *message.user == *seat.local.user;
                         if !own && !seat.local.wire.try_emit("message:post", &*message.event) {
@@ -695,10 +755,13 @@ impl Loop {
                 }
             }
         }
-        let Some(seat) = self.seats.get_mut(&connection) else { return };
+        let Some(seat) = self.seats.get_mut(&connection) else {
+            return;
+        };
         for (channel, id) in channels {
             if let Some(room) = self.rooms.get_mut(&channel) {
-                room.members.insert(connection.clone(), id.max(room.feed.tip()));
+                room.members
+                    .insert(connection.clone(), id.max(room.feed.tip()));
                 seat.rooms.insert(channel);
             }
         }
@@ -706,16 +769,12 @@ impl Loop {
     }
 
     /// A join that came by REST, perhaps on another worker: the session's task does it.
-    fn attach_elsewhere(
-        &self,
-        id: u64,
-        user: &str,
-        generation: u64,
-        channel: String,
-        fresh: bool,
-    ) {
+    fn attach_elsewhere(&self, id: u64, user: &str, generation: u64, channel: String, fresh: bool) {
         let queued = self.seat_of(user, generation).is_some_and(|seat| {
-            seat.local.session.try_send(session::Input::Attach { id, channel, fresh }).is_ok()
+            seat.local
+                .session
+                .try_send(session::Input::Attach { id, channel, fresh })
+                .is_ok()
         });
         if !queued {
             let outcome = JoinedElsewhere::Unavailable;
@@ -727,7 +786,9 @@ impl Loop {
     fn sweep(&mut self) {
         let channels: Vec<String> = self.rooms.keys().cloned().collect();
         for channel in channels {
-            let Some(room) = self.rooms.get_mut(&channel) else { continue };
+            let Some(room) = self.rooms.get_mut(&channel) else {
+                continue;
+            };
             if !room.members.is_empty() {
                 room.idle_since = Instant::now();
             }

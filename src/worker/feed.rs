@@ -154,7 +154,12 @@ mod tests {
 
     fn message(id: u64) -> Message {
         let event = RawValue::from_string("{}".into()).unwrap();
-        Message { id, user: "ann".into(), sender: "c".into(), event }
+        Message {
+            id,
+            user: "ann".into(),
+            sender: "c".into(),
+            event,
+        }
     }
 
     /// A store of messages, of which some ids do not exist.
@@ -172,7 +177,10 @@ mod tests {
                 .take(PAGE_LIMIT as usize)
                 .map(|i| message(*i))
                 .collect();
-            Page { messages, last: self.last }
+            Page {
+                messages,
+                last: self.last,
+            }
         }
     }
 
@@ -256,7 +264,11 @@ mod tests {
         let mut feed = Feed::default();
         feed.subscribed(1);
         assert_eq!(feed.offer(message(4)).read_after, Some(1));
-        assert_eq!(feed.offer(message(5)).read_after, None, "one read at a time");
+        assert_eq!(
+            feed.offer(message(5)).read_after,
+            None,
+            "one read at a time"
+        );
         feed.failed();
         assert_eq!(feed.retry().read_after, Some(1));
     }

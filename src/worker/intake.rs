@@ -46,13 +46,17 @@ pub struct Capacity {
 impl Capacity {
     /// What the limits say, but never more than the process has descriptors for.
     pub fn of(connections: u32, per_address: u32) -> Self {
-        let descriptors = descriptors().saturating_sub(RESERVED_DESCRIPTORS + u64::from(MAX_RESERVE));
+        let descriptors =
+            descriptors().saturating_sub(RESERVED_DESCRIPTORS + u64::from(MAX_RESERVE));
         let possible = u32::try_from(descriptors).unwrap_or(u32::MAX).max(1);
         let connections = match connections {
             0 => possible,
             wanted => wanted.min(possible),
         };
-        Self { connections, per_address: (per_address > 0).then_some(per_address) }
+        Self {
+            connections,
+            per_address: (per_address > 0).then_some(per_address),
+        }
     }
 }
 
@@ -112,7 +116,10 @@ fn len(open: &Open) -> u32 {
 impl Connections {
     /// None yet.
     pub fn new() -> Arc<Self> {
-        Arc::new(Self { open: Mutex::default(), count: watch::Sender::new(0) })
+        Arc::new(Self {
+            open: Mutex::default(),
+            count: watch::Sender::new(0),
+        })
     }
 
     /// Adds a connection; returns what its stream has to keep, and how many its address has.
@@ -126,7 +133,14 @@ impl Connections {
         *count += 1;
         let of_address = *count;
         self.count.send_replace(len(&open));
-        (Place { id, client, connections: self.clone() }, of_address)
+        (
+            Place {
+                id,
+                client,
+                connections: self.clone(),
+            },
+            of_address,
+        )
     }
 
     /// How many there are.
@@ -186,7 +200,12 @@ impl Intake {
     async fn stream(&self, pause: &mut Duration) -> Result<(), HandoffError> {
         let end = WorkerEnd::connect(&self.handoff)?;
         let Identity { worker, boot } = self.identity.clone();
-        end.send(&ToMaster::Hello { protocol: handoff::PROTOCOL, worker, boot }).await?;
+        end.send(&ToMaster::Hello {
+            protocol: handoff::PROTOCOL,
+            worker,
+            boot,
+        })
+        .await?;
         *pause = RETRY.0;
         let mut count = self.connections.count.subscribe();
         let mut said = None;
@@ -216,7 +235,11 @@ impl Intake {
     }
 
     fn credit(&self, count: u32) -> Credit {
-        let none = |state| Credit { window: 0, reserve: 0, state };
+        let none = |state| Credit {
+            window: 0,
+            reserve: 0,
+            state,
+        };
         if self.draining.is_cancelled() {
             return none(WorkerState::Draining);
         }
@@ -226,8 +249,16 @@ impl Intake {
         let limit = self.capacity.connections;
         let window = limit.saturating_sub(count).min(MAX_WINDOW);
         let reserve = (limit + MAX_RESERVE).saturating_sub(count).min(MAX_RESERVE);
-        let state = if window == 0 { WorkerState::Full } else { WorkerState::Serving };
-        Credit { window, reserve, state }
+        let state = if window == 0 {
+            WorkerState::Full
+        } else {
+            WorkerState::Serving
+        };
+        Credit {
+            window,
+            reserve,
+            state,
+        }
     }
 
     async fn offered(
@@ -253,7 +284,10 @@ impl Intake {
     fn serve(&self, mut transport: Transport, handle: Arc<Handle>) {
         let (place, of_address) = self.connections.add(handle.clone());
         transport.hold(Box::new(place) as Box<dyn Any + Send>);
-        let too_many = self.capacity.per_address.is_some_and(|limit| of_address > limit);
+        let too_many = self
+            .capacity
+            .per_address
+            .is_some_and(|limit| of_address > limit);
         let router = self.router.clone();
         let service = hyper::service::service_fn(move |request: hyper::Request<Incoming>| {
             let (router, handle) = (router.clone(), handle.clone());
@@ -285,7 +319,10 @@ impl Intake {
 fn refuse() -> Response {
     let mut response = ApiError::too_many(Duration::from_secs(5)).into_response();
     let headers = response.headers_mut();
-    headers.insert(http::header::CONNECTION, http::HeaderValue::from_static("close"));
+    headers.insert(
+        http::header::CONNECTION,
+        http::HeaderValue::from_static("close"),
+    );
     headers.insert(
         http::header::ACCESS_CONTROL_ALLOW_ORIGIN,
         http::HeaderValue::from_static("*"),

@@ -43,7 +43,10 @@ enum Answer {
 /// Something for the master.
 enum Ask {
     /// Wants an answer; sent again until there is one, or nobody waits for it any more.
-    Question { frame: Box<dyn FnOnce(u64) -> FromWorker + Send>, answer: oneshot::Sender<Answer> },
+    Question {
+        frame: Box<dyn FnOnce(u64) -> FromWorker + Send>,
+        answer: oneshot::Sender<Answer>,
+    },
     /// Wants none; dropped while the master is away.
     Tell(FromWorker),
 }
@@ -61,7 +64,9 @@ impl Link {
     /// # Errors
     /// [`Away`] after some seconds; the command may have been carried out all the same.
     pub async fn command(&self, command: Command) -> Result<Reply, Away> {
-        tokio::time::timeout(PATIENCE, self.insist(command)).await.map_err(|_| Away)?
+        tokio::time::timeout(PATIENCE, self.insist(command))
+            .await
+            .map_err(|_| Away)?
     }
 
     /// As [`Link::command`], for as long as it takes.
@@ -69,7 +74,10 @@ impl Link {
     /// # Errors
     /// [`Away`] only when the worker stops.
     pub async fn insist(&self, command: Command) -> Result<Reply, Away> {
-        match self.question(|id| FromWorker::Command { id, command }).await? {
+        match self
+            .question(|id| FromWorker::Command { id, command })
+            .await?
+        {
             Answer::Reply(reply) => Ok(reply),
             Answer::Joined(_) | Answer::Store(_) => Err(Away),
         }
@@ -81,7 +89,10 @@ impl Link {
     /// [`Away`] after some seconds.
     pub async fn join_user(&self, user: String, channel: String) -> Result<JoinedElsewhere, Away> {
         let question = self.question(|id| FromWorker::JoinUser { id, user, channel });
-        match tokio::time::timeout(PATIENCE, question).await.map_err(|_| Away)?? {
+        match tokio::time::timeout(PATIENCE, question)
+            .await
+            .map_err(|_| Away)??
+        {
             Answer::Joined(outcome) => Ok(outcome),
             Answer::Reply(_) | Answer::Store(_) => Err(Away),
         }
@@ -96,7 +107,10 @@ impl Link {
         request: StoreRequest,
     ) -> Result<Result<StoreResponse, StoreError>, Away> {
         let question = self.question(|id| FromWorker::Store { id, request });
-        match tokio::time::timeout(PATIENCE, question).await.map_err(|_| Away)?? {
+        match tokio::time::timeout(PATIENCE, question)
+            .await
+            .map_err(|_| Away)??
+        {
             Answer::Store(result) => Ok(result),
             Answer::Reply(_) | Answer::Joined(_) => Err(Away),
         }
@@ -120,7 +134,10 @@ impl Link {
         frame: impl FnOnce(u64) -> FromWorker + Send + 'static,
     ) -> Result<Answer, Away> {
         let (answer, answered) = oneshot::channel();
-        let ask = Ask::Question { frame: Box::new(frame), answer };
+        let ask = Ask::Question {
+            frame: Box::new(frame),
+            answer,
+        };
         self.asks.send(ask).await.map_err(|_| Away)?;
         answered.await.map_err(|_| Away)
     }
@@ -175,7 +192,9 @@ enum Broken {
     Io(#[from] std::io::Error),
     #[error("{0}")]
     Frame(#[from] FrameError),
-    #[error("it speaks version {0} of the control protocol, this worker {PROTOCOL}; waiting for a restart")]
+    #[error(
+        "it speaks version {0} of the control protocol, this worker {PROTOCOL}; waiting for a restart"
+    )]
     Mismatch(u32),
     #[error("the dispatch loop has stopped")]
     Stopped,
@@ -211,7 +230,8 @@ impl Connector {
             }
         }
         tokio::time::sleep_until(deadline).await;
-        self.unanswered.retain(|_, question| !question.answer.is_closed());
+        self.unanswered
+            .retain(|_, question| !question.answer.is_closed());
     }
 
     fn remember(
@@ -223,7 +243,13 @@ impl Connector {
         self.next_id += 1;
         match control::encode(&frame(id)) {
             Ok(bytes) => {
-                self.unanswered.insert(id, Unanswered { bytes: bytes.clone(), answer });
+                self.unanswered.insert(
+                    id,
+                    Unanswered {
+                        bytes: bytes.clone(),
+                        answer,
+                    },
+                );
                 Some(bytes)
             }
             Err(error) => {
@@ -240,7 +266,11 @@ impl Connector {
         }
     }
 
-    async fn connection(&mut self, dispatch: &Dispatch, pause: &mut Duration) -> Result<(), Broken> {
+    async fn connection(
+        &mut self,
+        dispatch: &Dispatch,
+        pause: &mut Duration,
+    ) -> Result<(), Broken> {
         let stream = UnixStream::connect(&self.control).await?;
         let (read, write) = stream.into_split();
         let mut reader = FramedRead::new(read, control::codec());
@@ -254,7 +284,9 @@ impl Connector {
             replica: known.replica,
             sessions: known.sessions,
         };
-        writer.send(control::encode(&FromWorker::Hello(hello))?).await?;
+        writer
+            .send(control::encode(&FromWorker::Hello(hello))?)
+            .await?;
         let welcome = loop {
             let bytes = tokio::select! {
                 bytes = reader.next() => bytes.ok_or(Broken::Closed)??,
@@ -272,10 +304,17 @@ impl Connector {
                 _ => {}
             }
         };
-        dispatch.send(Item::Master(welcome)).await.ok_or(Broken::Stopped)?;
+        dispatch
+            .send(Item::Master(welcome))
+            .await
+            .ok_or(Broken::Stopped)?;
         // The master's bus knows nothing of what this worker was subscribed to.
-        dispatch.send(Item::Bus(BusEvent::Interrupted)).await.ok_or(Broken::Stopped)?;
-        self.unanswered.retain(|_, question| !question.answer.is_closed());
+        dispatch
+            .send(Item::Bus(BusEvent::Interrupted))
+            .await
+            .ok_or(Broken::Stopped)?;
+        self.unanswered
+            .retain(|_, question| !question.answer.is_closed());
         for question in self.unanswered.values() {
             writer.feed(question.bytes.clone()).await?;
         }
@@ -319,7 +358,12 @@ impl Connector {
             FromMaster::Bus(event) => {
                 return dispatch.send(Item::Bus(event)).await.ok_or(Broken::Stopped);
             }
-            frame => return dispatch.send(Item::Master(frame)).await.ok_or(Broken::Stopped),
+            frame => {
+                return dispatch
+                    .send(Item::Master(frame))
+                    .await
+                    .ok_or(Broken::Stopped);
+            }
         };
         if let Some(question) = self.unanswered.remove(&id) {
             // Whoever asked may have given up.

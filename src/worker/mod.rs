@@ -81,7 +81,11 @@ impl App {
 
     /// How long a client that lives may be silent.
     pub fn silence(&self) -> Duration {
-        let LimitArgs { ping_interval, ping_timeout, .. } = self.limits;
+        let LimitArgs {
+            ping_interval,
+            ping_timeout,
+            ..
+        } = self.limits;
         Duration::from_secs(u64::from(ping_interval) + u64::from(ping_timeout))
     }
 
@@ -97,7 +101,11 @@ impl App {
     }
 
     fn unique(&self) -> String {
-        format!("{}.{}", self.identity.boot, self.serial.fetch_add(1, Ordering::Relaxed))
+        format!(
+            "{}.{}",
+            self.identity.boot,
+            self.serial.fetch_add(1, Ordering::Relaxed)
+        )
     }
 }
 
@@ -109,7 +117,10 @@ pub async fn run(args: WorkerArgs) -> anyhow::Result<()> {
     let secret = JwtSecret::load(&args.secret).map_err(ConfigError::new)?;
     let runtime_dir = systemd::runtime_dir(&args.runtime)?;
     let boot = BASE64_URL_SAFE_NO_PAD.encode(rand::random::<[u8; 9]>());
-    let identity = Identity { worker: args.number, boot };
+    let identity = Identity {
+        worker: args.number,
+        boot,
+    };
 
     let stop = CancellationToken::new();
     let (ready, draining) = (CancellationToken::new(), CancellationToken::new());
@@ -168,8 +179,14 @@ pub async fn run(args: WorkerArgs) -> anyhow::Result<()> {
     draining.cancel();
     // Clients take it for a broken connection, come back to another worker, and resume.
     connections.kill_all();
-    if tokio::time::timeout(FAREWELL, connections.drained()).await.is_err() {
-        tracing::warn!(connections = connections.count(), "some connections did not end in time");
+    if tokio::time::timeout(FAREWELL, connections.drained())
+        .await
+        .is_err()
+    {
+        tracing::warn!(
+            connections = connections.count(),
+            "some connections did not end in time"
+        );
     }
     stop.cancel();
     tasks.wait().await;

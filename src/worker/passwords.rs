@@ -33,7 +33,11 @@ impl Passwords {
         let decoy = compute(b"nobody has this password")
             .map_err(|error| anyhow::anyhow!("passwords cannot be hashed: {error}"))?;
         let threads = Arc::new(Semaphore::new((processors / 2).max(1)));
-        Ok(Self { threads, waiting: AtomicUsize::new(0), decoy })
+        Ok(Self {
+            threads,
+            waiting: AtomicUsize::new(0),
+            decoy,
+        })
     }
 
     /// A password's hash, in PHC string format.
@@ -41,10 +45,12 @@ impl Passwords {
     /// # Errors
     /// 503 if too many are waiting.
     pub async fn hash(&self, password: String) -> Result<String, ApiError> {
-        self.compute(move || compute(password.as_bytes())).await?.map_err(|error| {
-            tracing::error!(%error, "a password cannot be hashed");
-            ApiError::internal()
-        })
+        self.compute(move || compute(password.as_bytes()))
+            .await?
+            .map_err(|error| {
+                tracing::error!(%error, "a password cannot be hashed");
+                ApiError::internal()
+            })
     }
 
     /// Whether a password is the one that was hashed. Without a hash it is not, after the same
@@ -57,9 +63,9 @@ impl Passwords {
         let hash = hash.unwrap_or_else(|| self.decoy.clone());
         let matches = self
             .compute(move || match PasswordHash::new(&hash) {
-                Ok(hash) => {
-                    Argon2::default().verify_password(password.as_bytes(), &hash).is_ok()
-                }
+                Ok(hash) => Argon2::default()
+                    .verify_password(password.as_bytes(), &hash)
+                    .is_ok(),
                 Err(error) => {
                     tracing::error!(%error, "a stored password hash cannot be read");
                     false
@@ -74,8 +80,12 @@ impl Passwords {
         work: impl FnOnce() -> T + Send + 'static,
     ) -> Result<T, ApiError> {
         let _place = Place::take(&self.waiting).ok_or_else(ApiError::unavailable)?;
-        let permit =
-            self.threads.clone().acquire_owned().await.map_err(|_| ApiError::unavailable())?;
+        let permit = self
+            .threads
+            .clone()
+            .acquire_owned()
+            .await
+            .map_err(|_| ApiError::unavailable())?;
         tokio::task::spawn_blocking(move || {
             // Held by the work, not by the request: a client that goes away frees nothing.
             let _permit = permit;
@@ -103,7 +113,9 @@ impl Drop for Place<'_> {
 }
 
 fn compute(password: &[u8]) -> Result<String, argon2::password_hash::Error> {
-    Argon2::default().hash_password(password).map(|hash| hash.to_string())
+    Argon2::default()
+        .hash_password(password)
+        .map(|hash| hash.to_string())
 }
 
 #[cfg(test)]
@@ -114,16 +126,36 @@ mod tests {
     async fn only_the_right_password_matches() {
         let passwords = Passwords::new().unwrap();
         let hash = passwords.hash("hunter42".into()).await.unwrap();
-        assert!(hash.starts_with("$argon2id$v=19$m=19456,t=2,p=1$"), "{hash}");
-        assert!(passwords.verify("hunter42".into(), Some(hash.clone())).await.unwrap());
-        assert!(!passwords.verify("hunter43".into(), Some(hash)).await.unwrap());
-        assert!(!passwords.verify("nobody has this password".into(), None).await.unwrap());
+        assert!(
+            hash.starts_with("$argon2id$v=19$m=19456,t=2,p=1$"),
+            "{hash}"
+        );
+        assert!(
+            passwords
+                .verify("hunter42".into(), Some(hash.clone()))
+                .await
+                .unwrap()
+        );
+        assert!(
+            !passwords
+                .verify("hunter43".into(), Some(hash))
+                .await
+                .unwrap()
+        );
+        assert!(
+            !passwords
+                .verify("nobody has this password".into(), None)
+                .await
+                .unwrap()
+        );
     }
 
     #[test]
     fn places_are_bounded_and_given_back() {
         let waiting = AtomicUsize::new(0);
-        let places: Vec<_> = (0..WAITING).map(|_| Place::take(&waiting).unwrap()).collect();
+        let places: Vec<_> = (0..WAITING)
+            .map(|_| Place::take(&waiting).unwrap())
+            .collect();
         assert!(Place::take(&waiting).is_none());
         drop(places);
         assert_eq!(waiting.load(Ordering::Relaxed), 0);

@@ -58,13 +58,20 @@ pub async fn register(
     check_name(name)?;
     check_password(password)?;
     let address = RoutingKey::of(connection.client());
-    app.attempts.lock().by_address.take(&address, Instant::now()).map_err(ApiError::too_many)?;
+    app.attempts
+        .lock()
+        .by_address
+        .take(&address, Instant::now())
+        .map_err(ApiError::too_many)?;
     // Saves the hashing; the store decides.
     if app.store.user(name).await?.is_some() {
         return Err(exists());
     }
     let password_hash = app.passwords.hash(password.to_owned()).await?;
-    let user = User { name: name.to_owned(), password_hash };
+    let user = User {
+        name: name.to_owned(),
+        password_hash,
+    };
     match app.store.create_user(user).await {
         Ok(()) => {
             tracing::info!(event = "registered", user = name, client = %connection.client());
@@ -125,7 +132,9 @@ fn exists() -> ApiError {
 
 fn check_name(name: &str) -> Result<(), ApiError> {
     if !name.bytes().all(|byte| byte.is_ascii_alphanumeric()) {
-        return Err(ApiError::bad_request("Name must be numbers or letter a-z only"));
+        return Err(ApiError::bad_request(
+            "Name must be numbers or letter a-z only",
+        ));
     }
     if name.len() < *NAME_LENGTH.start() {
         return Err(ApiError::bad_request(format!(
@@ -139,14 +148,18 @@ fn check_name(name: &str) -> Result<(), ApiError> {
             NAME_LENGTH.end()
         )));
     }
-    if RESERVED.iter().any(|reserved| name.eq_ignore_ascii_case(reserved)) {
+    if RESERVED
+        .iter()
+        .any(|reserved| name.eq_ignore_ascii_case(reserved))
+    {
         return Err(ApiError::bad_request("That name is not allowed"));
     }
     Ok(())
 }
 
 fn check_password(password: &str) -> Result<(), ApiError> {
-    if password.chars().count() < PASSWORD_MIN {
+    // Counted as the clients' JavaScript counts, which checks it too.
+    if password.encode_utf16().count() < PASSWORD_MIN {
         return Err(ApiError::bad_request(format!(
             "The password is too short. (min {PASSWORD_MIN}. characters)"
         )));

@@ -3,7 +3,6 @@
 use axum::extract::{FromRequest, Request};
 use bytes::Bytes;
 use http::{StatusCode, header};
-use http_body_util::LengthLimitError;
 use serde_json::{Map, Value};
 
 use super::error::ApiError;
@@ -16,7 +15,10 @@ pub struct Fields(Map<String, Value>);
 impl Fields {
     /// A field that must be a string and not empty.
     pub fn string(&self, name: &str) -> Option<&str> {
-        self.0.get(name).and_then(Value::as_str).filter(|text| !text.is_empty())
+        self.0
+            .get(name)
+            .and_then(Value::as_str)
+            .filter(|text| !text.is_empty())
     }
 }
 
@@ -29,16 +31,14 @@ impl<S: Send + Sync> FromRequest<S> for Fields {
             .get(header::CONTENT_TYPE)
             .and_then(|value| value.to_str().ok())
             .is_some_and(is_json);
-        let bytes = Bytes::from_request(request, state).await.map_err(|rejection| {
-            let mut cause: Option<&dyn std::error::Error> = Some(&rejection);
-            while let Some(error) = cause {
-                if error.is::<LengthLimitError>() {
+        let bytes = Bytes::from_request(request, state)
+            .await
+            .map_err(|rejection| {
+                if rejection.status() == StatusCode::PAYLOAD_TOO_LARGE {
                     return ApiError::too_large();
                 }
-                cause = error.source();
-            }
-            ApiError::bad_request("The body ended early")
-        })?;
+                ApiError::bad_request("The body ended early")
+            })?;
         if bytes.is_empty() {
             return Ok(Self::default());
         }
@@ -51,7 +51,9 @@ impl<S: Send + Sync> FromRequest<S> for Fields {
         match serde_json::from_slice(&bytes) {
             Ok(Value::Object(fields)) => Ok(Self(fields)),
             Ok(_) => Ok(Self::default()),
-            Err(error) => Err(ApiError::bad_request(format!("The body is not valid JSON: {error}"))),
+            Err(error) => Err(ApiError::bad_request(format!(
+                "The body is not valid JSON: {error}"
+            ))),
         }
     }
 }
@@ -67,10 +69,19 @@ mod tests {
 
     #[test]
     fn json_is_recognised_with_and_without_a_charset() {
-        for good in ["application/json", "application/json; charset=utf-8", "Application/JSON"] {
+        for good in [
+            "application/json",
+            "application/json; charset=utf-8",
+            "Application/JSON",
+        ] {
             assert!(is_json(good), "{good}");
         }
-        for bad in ["text/plain", "application/jsonp", "", "application/x-www-form-urlencoded"] {
+        for bad in [
+            "text/plain",
+            "application/jsonp",
+            "",
+            "application/x-www-form-urlencoded",
+        ] {
             assert!(!is_json(bad), "{bad}");
         }
     }

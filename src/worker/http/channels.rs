@@ -61,7 +61,10 @@ pub struct Member {
 impl Member {
     /// The members as clients get them.
     pub fn list(online: Vec<(String, Status)>) -> Vec<Self> {
-        online.into_iter().map(|(username, status)| Self { username, status }).collect()
+        online
+            .into_iter()
+            .map(|(username, status)| Self { username, status })
+            .collect()
     }
 }
 
@@ -80,9 +83,15 @@ pub async fn list(State(app): State<Arc<App>>, _caller: Caller) -> Result<Json<L
     let channels = stored
         .into_iter()
         .map(|Channel { key, name }| {
-            let online_count =
-                app.dispatch.with_state(|state| state.member_count(&key)).unwrap_or_default();
-            Listed { name, key, online_count }
+            let online_count = app
+                .dispatch
+                .with_state(|state| state.member_count(&key))
+                .unwrap_or_default();
+            Listed {
+                name,
+                key,
+                online_count,
+            }
         })
         .collect();
     Ok(Json(List { channels }))
@@ -105,9 +114,22 @@ pub async fn create(
     }
     let key = BASE64_URL_SAFE_NO_PAD.encode(rand::random::<[u8; 32]>());
     let name = name.to_owned();
-    app.store.create_channel(Channel { key: key.clone(), name: name.clone() }).await?;
+    app.store
+        .create_channel(Channel {
+            key: key.clone(),
+            name: name.clone(),
+        })
+        .await?;
     tracing::info!(event = "channel_created", user = caller.name, channel = key);
-    Ok((StatusCode::CREATED, Json(Created { name, key, online_users: 0, online_count: 0 })))
+    Ok((
+        StatusCode::CREATED,
+        Json(Created {
+            name,
+            key,
+            online_users: 0,
+            online_count: 0,
+        }),
+    ))
 }
 
 /// `POST /channels/KEY/join`.
@@ -125,7 +147,10 @@ pub async fn join(
     match app.link.join_user(caller.name.clone(), key.clone()).await? {
         JoinedElsewhere::Joined { messages, online } => Ok(Json(answer(messages, online))),
         JoinedElsewhere::Offline => {
-            let range = Range::Latest { start: 0, end: HISTORY };
+            let range = Range::Latest {
+                start: 0,
+                end: HISTORY,
+            };
             let page = app.store.read(&key, range).await?;
             let mut online = app.dispatch.online(&key);
             // The caller is in the list, as for everybody else.

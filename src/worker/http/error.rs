@@ -21,7 +21,11 @@ pub struct ApiError {
 impl ApiError {
     /// A refusal with a text for a person.
     pub fn new(status: StatusCode, message: impl Into<String>) -> Self {
-        Self { status, message: message.into(), retry_after: None }
+        Self {
+            status,
+            message: message.into(),
+            retry_after: None,
+        }
     }
 
     /// 400: what is wrong with the request.
@@ -46,7 +50,10 @@ impl ApiError {
 
     /// 405.
     pub fn method_not_allowed() -> Self {
-        Self::new(StatusCode::METHOD_NOT_ALLOWED, "This method is not allowed here")
+        Self::new(
+            StatusCode::METHOD_NOT_ALLOWED,
+            "This method is not allowed here",
+        )
     }
 
     /// 408.
@@ -70,7 +77,10 @@ impl ApiError {
 
     /// 500: our fault; the log knows more.
     pub fn internal() -> Self {
-        Self::new(StatusCode::INTERNAL_SERVER_ERROR, "Something went wrong on the server")
+        Self::new(
+            StatusCode::INTERNAL_SERVER_ERROR,
+            "Something went wrong on the server",
+        )
     }
 
     /// 503: try again.
@@ -114,7 +124,9 @@ impl IntoResponse for ApiError {
         if let Some(after) = self.retry_after {
             // Whole seconds, and never too early.
             let seconds = after.as_secs() + u64::from(after.subsec_nanos() > 0);
-            response.headers_mut().insert(header::RETRY_AFTER, seconds.max(1).into());
+            response
+                .headers_mut()
+                .insert(header::RETRY_AFTER, seconds.max(1).into());
         }
         response
     }

@@ -42,12 +42,17 @@ pub async fn read(
     })?;
     let range = params.range()?;
     let page = app.store.read(&key, range).await?;
-    Ok(Json(History { messages: as_strings(&page.messages) }))
+    Ok(Json(History {
+        messages: as_strings(&page.messages),
+    }))
 }
 
 /// Messages as clients get them in a history: each one a string that holds JSON.
 pub fn as_strings(messages: &[Message]) -> Vec<String> {
-    messages.iter().map(|message| message.event.get().to_owned()).collect()
+    messages
+        .iter()
+        .map(|message| message.event.get().to_owned())
+        .collect()
 }
 
 impl Params {
@@ -58,15 +63,21 @@ impl Params {
         };
         let limit = match u32::try_from(limit) {
             Ok(limit @ 1..=PAGE_LIMIT) => limit,
-            _ => return Err(ApiError::bad_request(format!("limit must be 1 to {PAGE_LIMIT}"))),
+            _ => {
+                return Err(ApiError::bad_request(format!(
+                    "limit must be 1 to {PAGE_LIMIT}"
+                )));
+            }
         };
         match (&self.start, &self.end, &self.before, &self.after) {
-            (None, None, Some(before), None) => {
-                Ok(Range::Before { id: number("before", before)?, limit })
-            }
-            (None, None, None, Some(after)) => {
-                Ok(Range::After { id: number("after", after)?, limit })
-            }
+            (None, None, Some(before), None) => Ok(Range::Before {
+                id: number("before", before)?,
+                limit,
+            }),
+            (None, None, None, Some(after)) => Ok(Range::After {
+                id: number("after", after)?,
+                limit,
+            }),
             (Some(start), Some(end), None, None) => {
                 let (start, end) = (number("start", start)?, number("end", end)?);
                 if end < start {
@@ -88,9 +99,12 @@ impl Params {
 
 fn number(name: &str, text: &str) -> Result<u64, ApiError> {
     // `parse` takes a leading plus, which in a query is a space anyway.
-    text.parse().ok().filter(|_| text.bytes().all(|byte| byte.is_ascii_digit())).ok_or_else(|| {
-        ApiError::bad_request(format!("{name} must be a whole number, zero or more"))
-    })
+    text.parse()
+        .ok()
+        .filter(|_| text.bytes().all(|byte| byte.is_ascii_digit()))
+        .ok_or_else(|| {
+            ApiError::bad_request(format!("{name} must be a whole number, zero or more"))
+        })
 }
 
 #[cfg(test)]
@@ -98,15 +112,28 @@ mod tests {
     use super::*;
 
     fn params(start: &str, end: &str) -> Params {
-        Params { start: Some(start.into()), end: Some(end.into()), ..Params::default() }
+        Params {
+            start: Some(start.into()),
+            end: Some(end.into()),
+            ..Params::default()
+        }
     }
 
     #[test]
     fn positions_must_be_whole_numbers_in_order() {
-        assert_eq!(params("0", "25").range(), Ok(Range::Latest { start: 0, end: 25 }));
-        for (start, end) in
-            [("-1", "5"), ("1.5", "5"), ("x", "5"), ("", "5"), ("6", "5"), ("0", "201"), ("+1", "5")]
-        {
+        assert_eq!(
+            params("0", "25").range(),
+            Ok(Range::Latest { start: 0, end: 25 })
+        );
+        for (start, end) in [
+            ("-1", "5"),
+            ("1.5", "5"),
+            ("x", "5"),
+            ("", "5"),
+            ("6", "5"),
+            ("0", "201"),
+            ("+1", "5"),
+        ] {
             assert!(params(start, end).range().is_err(), "{start} {end}");
         }
         assert!(Params::default().range().is_err());

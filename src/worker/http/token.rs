@@ -61,13 +61,20 @@ impl Tokens {
     pub fn issue(&self, name: &str) -> Result<Issued, ApiError> {
         let iat = jiff::Timestamp::now().as_second();
         let exp = iat + i64::try_from(LIFETIME.as_secs()).unwrap_or(i64::MAX);
-        let claims = Claims { name: name.to_owned(), iat, exp };
+        let claims = Claims {
+            name: name.to_owned(),
+            iat,
+            exp,
+        };
         let token = jsonwebtoken::encode(&Header::new(Algorithm::HS256), &claims, &self.encoding)
             .map_err(|error| {
-                tracing::error!(%error, "a token cannot be signed");
-                ApiError::internal()
-            })?;
-        Ok(Issued { token, expires_in: exp * 1000 })
+            tracing::error!(%error, "a token cannot be signed");
+            ApiError::internal()
+        })?;
+        Ok(Issued {
+            token,
+            expires_in: exp * 1000,
+        })
     }
 
     /// The user whom a token names.
@@ -100,8 +107,13 @@ impl FromRequestParts<Arc<App>> for Caller {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, app: &Arc<App>) -> Result<Self, ApiError> {
-        let header = parts.headers.get(header::AUTHORIZATION).ok_or_else(ApiError::token_missing)?;
-        let token = header.to_str().map_err(|_| ApiError::unauthorized("Token is invalid"))?;
+        let header = parts
+            .headers
+            .get(header::AUTHORIZATION)
+            .ok_or_else(ApiError::token_missing)?;
+        let token = header
+            .to_str()
+            .map_err(|_| ApiError::unauthorized("Token is invalid"))?;
         app.authenticate(bare(token)).await
     }
 }
@@ -110,7 +122,9 @@ impl FromRequestParts<Arc<App>> for Caller {
 /// by itself.
 fn bare(header: &str) -> &str {
     let header = header.trim();
-    let (scheme, rest) = header.split_at_checked("bearer".len()).unwrap_or(("", header));
+    let (scheme, rest) = header
+        .split_at_checked("bearer".len())
+        .unwrap_or(("", header));
     if !scheme.eq_ignore_ascii_case("bearer") {
         return header;
     }
@@ -127,7 +141,13 @@ mod tests {
 
     #[test]
     fn a_token_is_found_in_every_form_of_the_header() {
-        for header in ["Bearer: abc.d", "Bearer abc.d", "abc.d", "bearer:abc.d", " Bearer  abc.d "] {
+        for header in [
+            "Bearer: abc.d",
+            "Bearer abc.d",
+            "abc.d",
+            "bearer:abc.d",
+            " Bearer  abc.d ",
+        ] {
             assert_eq!(bare(header), "abc.d", "{header:?}");
         }
         assert_eq!(bare("bearerabc"), "bearerabc");

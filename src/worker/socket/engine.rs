@@ -25,11 +25,11 @@ use tower::ServiceExt as _;
 use tower::util::BoxCloneSyncService;
 
 use super::eio3::{self, Utf8Mode};
+use crate::worker::App;
 use crate::worker::http::error::ApiError;
 use crate::worker::http::token::Caller;
 use crate::worker::transport::{Handle, Heartbeats};
 use crate::worker::ws_frames::Engine as Revision;
-use crate::worker::App;
 
 /// Bytes that one polling request may carry, and one WebSocket message.
 pub const MAX_PAYLOAD: usize = 1_000_000;
@@ -89,13 +89,21 @@ impl EngineSession {
 
     /// Bytes that left for the client.
     pub fn bytes_written(&self) -> u64 {
-        let websocket = self.websocket.lock().as_ref().map_or(0, |handle| handle.bytes_written());
+        let websocket = self
+            .websocket
+            .lock()
+            .as_ref()
+            .map_or(0, |handle| handle.bytes_written());
         websocket + self.polled.load(Ordering::Relaxed)
     }
 
     /// Up to when the client has provably received everything.
     pub fn confirmed_until(&self) -> Option<Instant> {
-        let websocket = self.websocket.lock().as_ref().and_then(|h| h.confirmed_until());
+        let websocket = self
+            .websocket
+            .lock()
+            .as_ref()
+            .and_then(|h| h.confirmed_until());
         websocket.max(self.heartbeats.confirmed_until())
     }
 }
@@ -111,7 +119,10 @@ impl Sessions {
     /// is the session's own if that asked for a WebSocket.
     pub fn connected(&self, sid: &str, websocket: Option<Arc<Handle>>) -> Arc<EngineSession> {
         let mut sessions = self.by_id.lock();
-        let session = sessions.entry(sid.to_owned()).or_insert_with(EngineSession::new).clone();
+        let session = sessions
+            .entry(sid.to_owned())
+            .or_insert_with(EngineSession::new)
+            .clone();
         drop(sessions);
         if let Some(handle) = websocket {
             *session.websocket.lock() = Some(handle);
@@ -129,7 +140,11 @@ impl Sessions {
     }
 
     fn opened(&self, sid: String) -> Arc<EngineSession> {
-        self.by_id.lock().entry(sid).or_insert_with(EngineSession::new).clone()
+        self.by_id
+            .lock()
+            .entry(sid)
+            .or_insert_with(EngineSession::new)
+            .clone()
     }
 
     fn get(&self, sid: &str) -> Option<Arc<EngineSession>> {
@@ -164,7 +179,9 @@ pub struct Params {
 
 /// The parameters of a request. A query that cannot be read is as good as none.
 pub fn params(uri: &http::Uri) -> Params {
-    Query::<Params>::try_from_uri(uri).map(|Query(params)| params).unwrap_or_default()
+    Query::<Params>::try_from_uri(uri)
+        .map(|Query(params)| params)
+        .unwrap_or_default()
 }
 
 /// socketioxide, as a service.
@@ -191,7 +208,11 @@ async fn exchange(
     let revision = match params.revision.as_deref() {
         Some("3") => Revision::V3,
         Some("4") => Revision::V4,
-        _ => return Err(ApiError::bad_request("Unsupported protocol version: EIO must be 3 or 4")),
+        _ => {
+            return Err(ApiError::bad_request(
+                "Unsupported protocol version: EIO must be 3 or 4",
+            ));
+        }
     };
     let websocket = params.transport.as_deref() == Some("websocket");
     let handle = request.extensions().get::<Arc<Handle>>().cloned();
@@ -206,7 +227,11 @@ async fn exchange(
             request.extensions_mut().insert(OpenedBy(caller));
         }
         let response = call(inner, request).await;
-        return if websocket { Ok(response) } else { open(app, response).await };
+        return if websocket {
+            Ok(response)
+        } else {
+            open(app, response).await
+        };
     };
     let Some(session) = app.sessions.get(&sid) else {
         // Unknown here: socketioxide knows how to say so.
@@ -245,13 +270,22 @@ async fn call(inner: Inner, request: Request) -> Response {
 /// The answer that makes a client open a new session.
 fn unknown_session() -> Response {
     let body = axum::Json(json!({ "code": 1, "message": "Session ID unknown" }));
-    (StatusCode::BAD_REQUEST, [(header::CONNECTION, "close")], body).into_response()
+    (
+        StatusCode::BAD_REQUEST,
+        [(header::CONNECTION, "close")],
+        body,
+    )
+        .into_response()
 }
 
 /// Notes the id of a session that was opened by polling.
 async fn open(app: &App, response: Response) -> Result<Response, ApiError> {
     let (parts, body) = response.into_parts();
-    let bytes = body.collect().await.map_err(|_| ApiError::internal())?.to_bytes();
+    let bytes = body
+        .collect()
+        .await
+        .map_err(|_| ApiError::internal())?
+        .to_bytes();
     if parts.status == StatusCode::OK
         && let Some(sid) = opened_sid(&bytes)
     {
@@ -267,7 +301,9 @@ fn opened_sid(packet: &[u8]) -> Option<String> {
         sid: String,
     }
     let from = packet.iter().position(|byte| *byte == b'{')?;
-    serde_json::from_slice::<Open>(packet.get(from..)?).ok().map(|open| open.sid)
+    serde_json::from_slice::<Open>(packet.get(from..)?)
+        .ok()
+        .map(|open| open.sid)
 }
 
 async fn read_post(
@@ -294,7 +330,9 @@ async fn read_post(
     }
     let body = match repaired {
         Some(text) => {
-            parts.headers.insert(header::CONTENT_LENGTH, text.len().into());
+            parts
+                .headers
+                .insert(header::CONTENT_LENGTH, text.len().into());
             Body::from(text)
         }
         None => Body::from(bytes),
@@ -308,21 +346,31 @@ async fn answer_poll(
     response: Response,
 ) -> Result<Response, ApiError> {
     let (mut parts, body) = response.into_parts();
-    let bytes = body.collect().await.map_err(|_| ApiError::internal())?.to_bytes();
-    let is_text =
-        parts.headers.get(header::CONTENT_TYPE).is_some_and(|t| t.as_bytes().starts_with(b"text"));
+    let bytes = body
+        .collect()
+        .await
+        .map_err(|_| ApiError::internal())?
+        .to_bytes();
+    let is_text = parts
+        .headers
+        .get(header::CONTENT_TYPE)
+        .is_some_and(|t| t.as_bytes().starts_with(b"text"));
     let escaped = match std::str::from_utf8(&bytes) {
         Ok(text) if revision == Revision::V3 && is_text => eio3::escape_payload(text),
         _ => None,
     };
     let body = match escaped {
         Some(text) => {
-            parts.headers.insert(header::CONTENT_LENGTH, text.len().into());
+            parts
+                .headers
+                .insert(header::CONTENT_LENGTH, text.len().into());
             bytes::Bytes::from(text)
         }
         None => bytes,
     };
-    session.polled.fetch_add(body.len() as u64, Ordering::Relaxed);
+    session
+        .polled
+        .fetch_add(body.len() as u64, Ordering::Relaxed);
     Ok(Response::from_parts(parts, Body::from(body)))
 }
 
@@ -346,7 +394,12 @@ pub fn socket_io(app: &App) -> (Inner, SocketIo) {
         .build_svc();
     let service = tower::service_fn(move |request: Request| {
         let service = service.clone();
-        async move { service.oneshot(request).await.map(|response| response.map(Body::new)) }
+        async move {
+            service
+                .oneshot(request)
+                .await
+                .map(|response| response.map(Body::new))
+        }
     });
     (Inner::new(service), io)
 }

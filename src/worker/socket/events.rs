@@ -44,7 +44,11 @@ pub struct Refusal {
 impl Refusal {
     /// A refusal with its text.
     pub fn new(code: Code, error: impl Into<String>) -> Self {
-        Self { error: error.into(), code, retry_after: None }
+        Self {
+            error: error.into(),
+            code,
+            retry_after: None,
+        }
     }
 
     /// The payload is wrong in this way.
@@ -58,7 +62,11 @@ impl Refusal {
         let millis = after.as_nanos().div_ceil(1_000_000);
         let retry_after = Some(u64::try_from(millis).unwrap_or(u64::MAX).max(1));
         let error = "You are too fast, slow down".to_owned();
-        Self { error, code: Code::RateLimited, retry_after }
+        Self {
+            error,
+            code: Code::RateLimited,
+            retry_after,
+        }
     }
 
     /// Not a member.
@@ -68,17 +76,26 @@ impl Refusal {
 
     /// The session belongs to another connection.
     pub fn superseded() -> Self {
-        Self::new(Code::Forbidden, "This session has been taken over by another connection")
+        Self::new(
+            Code::Forbidden,
+            "This session has been taken over by another connection",
+        )
     }
 
     /// Too many channels.
     pub fn too_many_channels() -> Self {
-        Self::new(Code::Forbidden, "You are in too many channels, leave one first")
+        Self::new(
+            Code::Forbidden,
+            "You are in too many channels, leave one first",
+        )
     }
 
     /// For the moment.
     pub fn unavailable() -> Self {
-        Self::new(Code::Unavailable, "The server is not available for the moment, try again")
+        Self::new(
+            Code::Unavailable,
+            "The server is not available for the moment, try again",
+        )
     }
 }
 
@@ -93,6 +110,20 @@ impl From<Away> for Refusal {
     fn from(_: Away) -> Self {
         Self::unavailable()
     }
+}
+
+/// Bytes that a payload takes in a queue, roughly: what is nested counts by its nodes and texts.
+pub fn size(data: Option<&Value>) -> u32 {
+    fn of(value: &Value) -> usize {
+        const NODE: usize = 32;
+        NODE + match value {
+            Value::String(text) => text.len(),
+            Value::Array(items) => items.iter().map(of).sum(),
+            Value::Object(fields) => fields.iter().map(|(name, v)| name.len() + of(v)).sum(),
+            Value::Null | Value::Bool(_) | Value::Number(_) => 0,
+        }
+    }
+    data.map_or(0, |value| u32::try_from(of(value)).unwrap_or(u32::MAX))
 }
 
 /// More events at once than a session keeps.
@@ -128,18 +159,25 @@ impl Credentials {
     pub fn of(query: &Params, auth: Option<&Value>) -> Self {
         let auth = auth.and_then(Value::as_object);
         let text = |name: &str| {
-            auth.and_then(|auth| auth.get(name)).and_then(Value::as_str).map(str::to_owned)
+            auth.and_then(|auth| auth.get(name))
+                .and_then(Value::as_str)
+                .map(str::to_owned)
         };
         let resume = match auth.and_then(|auth| auth.get("resume")) {
             Some(Value::Object(ids)) => Some(ids.clone()),
             Some(Value::String(json)) => serde_json::from_str(json).ok(),
-            _ => query.resume.as_deref().and_then(|json| serde_json::from_str(json).ok()),
+            _ => query
+                .resume
+                .as_deref()
+                .and_then(|json| serde_json::from_str(json).ok()),
         };
         Self {
             token: text("token").or_else(|| query.token.clone()),
             session: text("session").or_else(|| query.session.clone()),
             resume: resume.map(|ids: Map<String, Value>| {
-                ids.into_iter().filter_map(|(key, id)| Some((key, id.as_u64()?))).collect()
+                ids.into_iter()
+                    .filter_map(|(key, id)| Some((key, id.as_u64()?)))
+                    .collect()
             }),
         }
     }
@@ -202,7 +240,10 @@ impl Payload {
         if max > 0 && message.len() > max as usize {
             return Err(Refusal::new(
                 Code::TooLarge,
-                format!("The message has {} bytes, at most {max} are allowed", message.len()),
+                format!(
+                    "The message has {} bytes, at most {max} are allowed",
+                    message.len()
+                ),
             ));
         }
         if message.trim().is_empty() {
@@ -217,7 +258,11 @@ impl Payload {
                 )));
             }
         };
-        Ok(Post { channel, message, nonce })
+        Ok(Post {
+            channel,
+            message,
+            nonce,
+        })
     }
 
     /// A status.
@@ -256,16 +301,29 @@ mod tests {
     use super::*;
 
     fn post(data: Value, max: u32) -> Result<Post, Code> {
-        Payload::new(Some(data)).and_then(|p| p.post(max)).map_err(|refusal| refusal.code)
+        Payload::new(Some(data))
+            .and_then(|p| p.post(max))
+            .map_err(|refusal| refusal.code)
     }
 
     #[test]
     fn a_message_is_a_string_always() {
-        for message in [json!(null), json!(1), json!({}), json!(["x"]), json!("  \n\t")] {
+        for message in [
+            json!(null),
+            json!(1),
+            json!({}),
+            json!(["x"]),
+            json!("  \n\t"),
+        ] {
             let got = post(json!({ "channel": "x", "message": message }), 0);
             assert_eq!(got, Err(Code::BadPayload), "{message}");
         }
-        for payload in [json!(null), json!("x"), json!([]), json!({ "message": "x" })] {
+        for payload in [
+            json!(null),
+            json!("x"),
+            json!([]),
+            json!({ "message": "x" }),
+        ] {
             assert_eq!(post(payload, 0), Err(Code::BadPayload));
         }
     }
@@ -281,7 +339,14 @@ mod tests {
     #[test]
     fn a_nonce_is_bounded() {
         let data = |nonce: Value| json!({ "channel": "x", "message": "m", "nonce": nonce });
-        assert_eq!(post(data(json!("n".repeat(64))), 0).unwrap().nonce.unwrap().len(), 64);
+        assert_eq!(
+            post(data(json!("n".repeat(64))), 0)
+                .unwrap()
+                .nonce
+                .unwrap()
+                .len(),
+            64
+        );
         for nonce in [json!("n".repeat(65)), json!(""), json!(5)] {
             assert_eq!(post(data(nonce), 0), Err(Code::BadPayload));
         }

@@ -21,7 +21,7 @@ use socketioxide::extract::{AckSender, Event, SocketRef, TryData};
 use socketioxide::handler::ConnectHandler as _;
 use socketioxide::socket::DisconnectReason;
 use socketioxide::{ProtocolVersion, SocketIo, TransportType};
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 
 use super::App;
 use super::http::error::ApiError;
@@ -32,7 +32,10 @@ use events::Credentials;
 use session::{Input, Session};
 
 /// Events of one client that wait to be handled; more are refused.
-const QUEUE: usize = 256;
+const QUEUE: usize = 1024;
+
+/// Bytes of such events, for few can be large.
+const QUEUE_BYTES: usize = 4 * engine::MAX_PAYLOAD;
 
 /// How long a refused client may take to read why.
 const REFUSAL: Duration = Duration::from_secs(1);
@@ -62,12 +65,19 @@ pub fn listen(app: &Arc<App>, io: &SocketIo) {
 async fn admit(app: Arc<App>, socket: SocketRef, auth: Option<Value>) -> Result<(), ApiError> {
     let parts = socket.req_parts();
     let handle = parts.extensions.get::<Arc<Handle>>().cloned();
-    let client = handle.as_ref().map(|handle| handle.client()).ok_or_else(ApiError::internal)?;
+    let client = handle
+        .as_ref()
+        .map(|handle| handle.client())
+        .ok_or_else(ApiError::internal)?;
     let websocket = handle.filter(|_| socket.transport_type() == TransportType::Websocket);
     let engine = app.sessions.connected(&socket.id.to_string(), websocket);
     let opened_by = parts.extensions.get::<OpenedBy>().cloned();
     let credentials = Credentials::of(&engine::params(&parts.uri), auth.as_ref());
-    let wire = Arc::new(wire::Connection::new(socket.clone(), engine.clone(), client));
+    let wire = Arc::new(wire::Connection::new(
+        socket.clone(),
+        engine.clone(),
+        client,
+    ));
     let caller: Result<Caller, ApiError> = match (opened_by, &credentials.token) {
         (Some(OpenedBy(caller)), _) => Ok(caller),
         (None, Some(token)) => app.authenticate(token).await,
@@ -88,11 +98,29 @@ async fn admit(app: Arc<App>, socket: SocketRef, auth: Option<Value>) -> Result<
     // The handlers' bodies run in the order of the events; what they return would not. So they
     // do nothing but queue.
     let events = inputs.clone();
+    let room = Arc::new(Semaphore::new(QUEUE_BYTES));
     socket.on_fallback(
         move |Event(name): Event, TryData(data): TryData<Value>, ack: AckSender| {
-            if let Err(error) = events.try_send(Input::Event { name, data: data.ok(), ack })
-                && let Input::Event { ack, .. } = error.into_inner()
+            let data = data.ok();
+            let refused = match room
+                .clone()
+                .try_acquire_many_owned(events::size(data.as_ref()))
             {
+                Err(_) => Some(ack),
+                Ok(held) => {
+                    let event = Input::Event {
+                        name,
+                        data,
+                        ack,
+                        held,
+                    };
+                    match events.try_send(event).map_err(|error| error.into_inner()) {
+                        Err(Input::Event { ack, .. }) => Some(ack),
+                        _ => None,
+                    }
+                }
+            };
+            if let Some(ack) = refused {
                 events::refuse(ack, &events::overrun());
             }
             std::future::ready(())
@@ -108,7 +136,9 @@ async fn admit(app: Arc<App>, socket: SocketRef, auth: Option<Value>) -> Result<
     let is_old = socket.protocol() == ProtocolVersion::V4;
     tracing::debug!(user = caller.name, %client, old_protocol = is_old, "a client connects");
     let session = Session::new(app, caller, wire, credentials, inputs);
-    socket.extensions.insert(Prepared(Arc::new(Mutex::new(Some((session, inputs_rx))))));
+    socket
+        .extensions
+        .insert(Prepared(Arc::new(Mutex::new(Some((session, inputs_rx))))));
     Ok(())
 }
 
@@ -120,7 +150,8 @@ pub fn sweep_sessions(app: Arc<App>, io: SocketIo) {
         loop {
             timer.tick().await;
             let Some(app) = app.upgrade() else { return };
-            app.sessions.sweep(|sid| sid.parse().is_ok_and(|sid| io.get_socket(sid).is_some()));
+            app.sessions
+                .sweep(|sid| sid.parse().is_ok_and(|sid| io.get_socket(sid).is_some()));
         }
     });
 }

@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 use socketioxide::extract::AckSender;
 use socketioxide::socket::DisconnectReason;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 
 use super::events::{Credentials, Payload, Refusal, acknowledge, nothing, refuse};
 use super::wire::Connection;
@@ -53,6 +53,8 @@ pub enum Input {
         data: Option<Value>,
         /// The way back.
         ack: AckSender,
+        /// Its share of the queue's bytes.
+        held: OwnedSemaphorePermit,
     },
     /// A join by REST.
     Attach {
@@ -80,7 +82,10 @@ pub struct JoinAnswer {
 enum AnswerTo {
     Client(AckSender),
     /// The master, for a worker that was asked by REST.
-    Master { id: u64, link: Link },
+    Master {
+        id: u64,
+        link: Link,
+    },
 }
 
 /// The answer to `channel:join`.
@@ -130,7 +135,10 @@ impl JoinAnswer {
                 // The latest ones are what a join by REST shows.
                 let surplus = history.len().saturating_sub(HISTORY as usize);
                 history.drain(..surplus);
-                let outcome = JoinedElsewhere::Joined { messages: history, online };
+                let outcome = JoinedElsewhere::Joined {
+                    messages: history,
+                    online,
+                };
                 link.tell(FromWorker::Attached { id, outcome });
             }
         }
@@ -172,7 +180,11 @@ pub struct Session {
 
 /// How the part before the first event went.
 enum Entrance {
-    Admitted { resumed: bool, channels: Vec<(String, i64)>, secret: String },
+    Admitted {
+        resumed: bool,
+        channels: Vec<(String, i64)>,
+        secret: String,
+    },
     /// The name is taken.
     Refused,
     /// The master did not answer.
@@ -224,7 +236,11 @@ impl Session {
             return;
         }
         match self.enter().await {
-            Entrance::Admitted { resumed, channels, secret } => {
+            Entrance::Admitted {
+                resumed,
+                channels,
+                secret,
+            } => {
                 if self.welcome(resumed, channels, secret).await.is_err() {
                     // It comes back and finds its session waiting.
                     self.wire.kill();
@@ -240,7 +256,10 @@ impl Session {
         let reason = self.handle_inputs(&mut inputs).await;
         // What still came is answered by nobody.
         inputs.close();
-        self.app.dispatch.send(Item::Departed(self.connection.clone())).await;
+        self.app
+            .dispatch
+            .send(Item::Departed(self.connection.clone()))
+            .await;
         if self.generation > 0 {
             self.leave(reason).await;
         }
@@ -257,11 +276,23 @@ impl Session {
             claim: self.credentials.session.as_deref().map(digest),
         };
         match self.app.link.command(command).await {
-            Ok(Reply::Connected { generation, resumed, channels, confirmed }) => {
+            Ok(Reply::Connected {
+                generation,
+                resumed,
+                channels,
+                confirmed,
+            }) => {
                 self.generation = generation;
                 self.confirmed = confirmed;
-                self.joined = channels.iter().map(|(channel, _)| channel.clone()).collect();
-                Entrance::Admitted { resumed, channels, secret }
+                self.joined = channels
+                    .iter()
+                    .map(|(channel, _)| channel.clone())
+                    .collect();
+                Entrance::Admitted {
+                    resumed,
+                    channels,
+                    secret,
+                }
             }
             Ok(Reply::NameTaken) => Entrance::Refused,
             Ok(_) | Err(Away) => Entrance::Failed,
@@ -294,7 +325,9 @@ impl Session {
         let mut places = Vec::with_capacity(channels.len());
         for (channel, since) in &channels {
             let named = self.credentials.resume.as_ref().and_then(|ids| {
-                ids.iter().find(|(key, _)| key == channel).map(|(_, id)| *id)
+                ids.iter()
+                    .find(|(key, _)| key == channel)
+                    .map(|(_, id)| *id)
             });
             let id = match named {
                 // An id that the channel never gave out names nothing: only what is new follows.
@@ -315,7 +348,10 @@ impl Session {
         loop {
             for (channel, id) in &mut places {
                 loop {
-                    let range = Range::After { id: *id, limit: PAGE_LIMIT };
+                    let range = Range::After {
+                        id: *id,
+                        limit: PAGE_LIMIT,
+                    };
                     let page = self.app.store.read(channel, range).await?;
                     let complete = page.messages.len() < PAGE_LIMIT as usize;
                     for message in &page.messages {
@@ -356,7 +392,12 @@ impl Session {
     async fn attach(&self, channels: Vec<(String, u64)>, purpose: Purpose) -> Option<Attached> {
         let (outcome, answer) = oneshot::channel();
         let connection = self.connection.clone();
-        let attach = Attach { connection, channels, purpose, outcome };
+        let attach = Attach {
+            connection,
+            channels,
+            purpose,
+            outcome,
+        };
         self.app.dispatch.send(Item::Attach(attach)).await?;
         answer.await.ok()
     }
@@ -370,10 +411,21 @@ impl Session {
                 Input::Event { ack, .. } if self.generation == 0 || self.wire.is_superseded() => {
                     refuse(ack, &Refusal::superseded());
                 }
-                Input::Event { name, data, ack } => self.event(&name, data, ack).await,
+                Input::Event {
+                    name,
+                    data,
+                    ack,
+                    held,
+                } => {
+                    self.event(&name, data, ack).await;
+                    drop(held);
+                }
                 Input::Attach { id, channel, fresh } => {
                     self.joined.insert(channel.clone());
-                    let to = AnswerTo::Master { id, link: self.app.link.clone() };
+                    let to = AnswerTo::Master {
+                        id,
+                        link: self.app.link.clone(),
+                    };
                     self.put_into_room(channel, None, fresh, to).await;
                 }
             }
@@ -388,7 +440,9 @@ impl Session {
             "user : status_changed" => self.change_status(data).await,
             "channel:typing" => self.type_in(data).await,
             "channel:join" => return self.join(data, ack).await,
-            _ => Err(Refusal::bad_payload(format!("There is no event {name:.64}"))),
+            _ => Err(Refusal::bad_payload(format!(
+                "There is no event {name:.64}"
+            ))),
         };
         match answer {
             Ok(answer) => acknowledge(ack, &answer),
@@ -399,7 +453,9 @@ impl Session {
     async fn post(&mut self, data: Option<Value>) -> Result<Value, Refusal> {
         let post = Payload::new(data)?.post(self.app.limits.max_message)?;
         self.must_be_in(&post.channel)?;
-        self.posts.try_take(Instant::now()).map_err(Refusal::rate_limited)?;
+        self.posts
+            .try_take(Instant::now())
+            .map_err(Refusal::rate_limited)?;
         let client_nonce = post.nonce.is_some();
         let nonce = post.nonce.unwrap_or_else(|| self.app.next_nonce());
         let message = NewMessage {
@@ -418,7 +474,12 @@ impl Session {
         let channel = Payload::new(data)?.channel()?;
         self.must_be_in(&channel)?;
         let (user, generation) = (self.user.clone(), self.generation);
-        self.request(Command::Leave { user, generation, channel: channel.clone() }).await?;
+        self.request(Command::Leave {
+            user,
+            generation,
+            channel: channel.clone(),
+        })
+        .await?;
         self.joined.remove(&channel);
         Ok(nothing())
     }
@@ -429,7 +490,13 @@ impl Session {
         let status = payload.status()?;
         self.must_be_in(&channel)?;
         let (user, generation) = (self.user.clone(), self.generation);
-        self.request(Command::SetStatus { user, generation, channel, status }).await?;
+        self.request(Command::SetStatus {
+            user,
+            generation,
+            channel,
+            status,
+        })
+        .await?;
         Ok(nothing())
     }
 
@@ -448,26 +515,37 @@ impl Session {
             let channel = payload.channel()?;
             let after = payload.after()?;
             let (user, generation) = (self.user.clone(), self.generation);
-            let command = Command::Join { user, generation, channel: channel.clone() };
+            let command = Command::Join {
+                user,
+                generation,
+                channel: channel.clone(),
+            };
             let fresh = matches!(self.request(command).await?, Reply::Joined { fresh: true });
             self.joined.insert(channel.clone());
             Ok((channel, after, fresh))
         };
         match joining.await {
             Ok((channel, after, fresh)) => {
-                self.put_into_room(channel, after, fresh, AnswerTo::Client(ack)).await;
+                self.put_into_room(channel, after, fresh, AnswerTo::Client(ack))
+                    .await;
             }
             Err(refusal) => refuse(ack, &refusal),
         }
     }
 
     fn must_be_in(&self, channel: &str) -> Result<(), Refusal> {
-        if self.joined.contains(channel) { Ok(()) } else { Err(Refusal::not_joined()) }
+        if self.joined.contains(channel) {
+            Ok(())
+        } else {
+            Err(Refusal::not_joined())
+        }
     }
 
     /// Has the registry decide something.
     async fn request(&mut self, command: Command) -> Result<Reply, Refusal> {
-        self.requests.try_take(Instant::now()).map_err(Refusal::rate_limited)?;
+        self.requests
+            .try_take(Instant::now())
+            .map_err(Refusal::rate_limited)?;
         match self.app.link.command(command).await? {
             Reply::NotJoined => Err(Refusal::not_joined()),
             Reply::TooManyChannels => Err(Refusal::too_many_channels()),
@@ -477,20 +555,20 @@ impl Session {
     }
 
     /// Reads a channel's history and puts the socket into its room right behind it.
-    async fn put_into_room(
-        &self,
-        channel: String,
-        after: Option<u64>,
-        fresh: bool,
-        to: AnswerTo,
-    ) {
+    async fn put_into_room(&self, channel: String, after: Option<u64>, fresh: bool, to: AnswerTo) {
         let mut to = to;
         for _ in 0..ATTEMPTS {
             let (history, last, more, reset) = match self.history(&channel, after).await {
                 Ok(read) => read,
                 Err(refusal) => return to.refuse(&refusal),
             };
-            let answer = Box::new(JoinAnswer { history, more, reset, fresh, to });
+            let answer = Box::new(JoinAnswer {
+                history,
+                more,
+                reset,
+                fresh,
+                to,
+            });
             let place = vec![(channel.clone(), last)];
             match self.attach(place, Purpose::Join(answer)).await {
                 Some(Attached::Again(_, Purpose::Join(answer))) => to = answer.to,
@@ -540,7 +618,11 @@ impl Session {
             lost = ending != Ending::Ended,
         );
         let (user, generation) = (self.user.clone(), self.generation);
-        let command = Command::Disconnect { user, generation, ending };
+        let command = Command::Disconnect {
+            user,
+            generation,
+            ending,
+        };
         // It fails only when the worker stops, and then the master sees that.
         let _ = self.app.link.insist(command).await;
     }
@@ -559,7 +641,9 @@ impl Session {
         let rounds = i64::try_from(patience.as_millis().saturating_mul(2)).unwrap_or(i64::MAX);
         let now = jiff::Timestamp::now().as_millisecond();
         let confirmed = self.wire.confirmed().unwrap_or(now.saturating_sub(rounds));
-        Ending::Lost { confirmed: Some(confirmed.max(self.confirmed)) }
+        Ending::Lost {
+            confirmed: Some(confirmed.max(self.confirmed)),
+        }
     }
 }
 

@@ -53,7 +53,13 @@ impl Connection {
     /// The connection under a socket.
     pub fn new(socket: SocketRef, engine: Arc<EngineSession>, client: IpAddr) -> Self {
         let (emitted, superseded) = (AtomicU64::new(0), AtomicBool::new(false));
-        Self { socket, engine, client, emitted, superseded }
+        Self {
+            socket,
+            engine,
+            client,
+            emitted,
+            superseded,
+        }
     }
 
     /// The client's address.
@@ -186,6 +192,9 @@ mod tests {
     #[test]
     fn dates_have_milliseconds_and_end_in_z() {
         assert_eq!(iso_date(Some(1_000)), "1970-01-01T00:00:01.000Z");
-        assert_eq!(iso_date(Some(1_764_000_000_123)), "2025-11-24T16:00:00.123Z");
+        assert_eq!(
+            iso_date(Some(1_764_000_000_123)),
+            "2025-11-24T16:00:00.123Z"
+        );
     }
 }
