@@ -22,7 +22,10 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use command_fds::{CommandFdExt, FdMapping};
-use rustix::process::{Pid, Signal, getppid, kill_process, set_parent_process_death_signal};
+use rustix::process::{
+    Pid, Resource, Rlimit, Signal, getppid, getrlimit, kill_process,
+    set_parent_process_death_signal, setrlimit,
+};
 use tokio::net::UnixDatagram;
 use tokio::process::Child;
 use tokio::signal::unix::{SignalKind, signal};
@@ -63,6 +66,7 @@ const MAX_NOTIFICATION: usize = 4096;
 /// others where the port is in use, or a directory or process cannot be made.
 pub fn run(args: ServeArgs, log: String) -> anyhow::Result<()> {
     refuse_redis(&args.state)?;
+    raise_file_limit();
     let state_dir = prepare_state_dir(&args.state)?;
     let secret = match JwtSecret::find(&args.secret).map_err(ConfigError::new)? {
         Some((_, source)) => source,
@@ -174,6 +178,19 @@ fn prepare_state_dir(args: &StateArgs) -> anyhow::Result<PathBuf> {
             ))
         })?;
     Ok(path)
+}
+
+/// Allows as many open files as may be, which the children inherit: each connection is one, and the
+/// usual soft limit is 1024.
+fn raise_file_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit {
+        current: limit.maximum,
+        ..limit
+    };
+    if let Err(error) = setrlimit(Resource::Nofile, raised) {
+        tracing::debug!(%error, ?limit, "cannot raise the limit on open files");
+    }
 }
 
 fn default_workers() -> u32 {

@@ -197,6 +197,22 @@ fn serve_tells_once_where_it_listens_and_stops_cleanly_on_sigterm() {
 }
 
 #[test]
+fn children_may_open_as_many_files_as_the_hard_limit_allows() {
+    let serve = Serve::start(1);
+    let limits = format!(
+        "/proc/{}/limits",
+        serve.child("worker 0", None).as_raw_nonzero()
+    );
+    let limits = std::fs::read_to_string(limits).unwrap();
+    let line = limits
+        .lines()
+        .find(|line| line.starts_with("Max open files"))
+        .unwrap();
+    let numbers: Vec<&str> = line.split_whitespace().skip(3).take(2).collect();
+    assert_eq!(numbers[0], numbers[1], "{line}");
+}
+
+#[test]
 fn sigint_stops_it_too() {
     let mut serve = Serve::start(1);
     kill_process(serve.pid(), Signal::INT).unwrap();
