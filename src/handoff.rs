@@ -992,14 +992,7 @@ mod tests {
             let next = std::os::fd::AsRawFd::as_raw_fd(&null());
             let before = getrlimit(Resource::Nofile);
             let current = Some(u64::try_from(next).unwrap());
-            setrlimit(
-                Resource::Nofile,
-                Rlimit {
-                    current,
-                    ..before.clone()
-                },
-            )
-            .unwrap();
+            setrlimit(Resource::Nofile, Rlimit { current, ..before }).unwrap();
             send(41).await;
             let error = worker.recv().await.unwrap_err();
             assert!(

@@ -3,7 +3,7 @@
 //! A supervisor that plays systemd's part. It binds the sockets, starts one master and the workers as
 //! processes of their own, passes them the sockets (`LISTEN_FDS`), hears from them (`NOTIFY_SOCKET`,
 //! `WATCHDOG_USEC`), starts again what dies, and stops all of them at its own end. The way of a child is
-//! [`supervise`]: spawn, [`watch`], wait a while, again.
+//! `supervise`: spawn, `follow`, wait a while, again.
 //!
 //! The supervisor keeps the listening sockets open, so that clients that connect while the master
 //! starts again wait in the kernel's backlog instead of being refused.
@@ -22,7 +22,10 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use command_fds::{CommandFdExt, FdMapping};
-use rustix::process::{Pid, Signal, getppid, kill_process, set_parent_process_death_signal};
+use rustix::process::{
+    Pid, Resource, Rlimit, Signal, getppid, getrlimit, kill_process,
+    set_parent_process_death_signal, setrlimit,
+};
 use tokio::net::UnixDatagram;
 use tokio::process::Child;
 use tokio::signal::unix::{SignalKind, signal};
@@ -63,6 +66,7 @@ const MAX_NOTIFICATION: usize = 4096;
 /// others where the port is in use, or a directory or process cannot be made.
 pub fn run(args: ServeArgs, log: String) -> anyhow::Result<()> {
     refuse_redis(&args.state)?;
+    raise_file_limit();
     let state_dir = prepare_state_dir(&args.state)?;
     let secret = match JwtSecret::find(&args.secret).map_err(ConfigError::new)? {
         Some((_, source)) => source,
@@ -174,6 +178,19 @@ fn prepare_state_dir(args: &StateArgs) -> anyhow::Result<PathBuf> {
             ))
         })?;
     Ok(path)
+}
+
+/// Allows as many open files as may be, which the children inherit: each connection is one, and the
+/// usual soft limit is 1024.
+fn raise_file_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit {
+        current: limit.maximum,
+        ..limit
+    };
+    if let Err(error) = setrlimit(Resource::Nofile, raised) {
+        tracing::debug!(%error, ?limit, "cannot raise the limit on open files");
+    }
 }
 
 fn default_workers() -> u32 {
@@ -527,9 +544,9 @@ async fn supervise(
         let started = Instant::now();
         let reason = match spec.spawn(&timing) {
             Ok(process) => {
-                let end = watch(child, process, &notifications, &timing, &ready, &stop)
+                let end = follow(child, process, &notifications, &timing, &ready, &stop)
                     .await
-                    .with_context(|| format!("cannot watch {child}"))?;
+                    .with_context(|| format!("cannot follow {child}"))?;
                 if stop.term.is_cancelled() {
                     tracing::info!(child, "ended: {end}");
                     return Ok(());
@@ -630,7 +647,7 @@ impl Phase {
 }
 
 /// Follows a child from its start to its end, and brings that about where it is due.
-async fn watch(
+async fn follow(
     child: &str,
     mut process: Child,
     notifications: &UnixDatagram,
@@ -691,5 +708,559 @@ fn terminate(process: &Child) -> io::Result<()> {
     match pid {
         Some(pid) => Ok(kill_process(pid, Signal::TERM)?),
         None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{BufRead, BufReader, Read};
+    use std::os::unix::fs::PermissionsExt;
+    use std::process::Command;
+
+    use tempfile::TempDir;
+    use tokio::task::JoinHandle;
+    use tokio::time::timeout;
+
+    use super::*;
+
+    /// Long enough for a loaded machine; only a failing test waits for it.
+    const DEADLINE: Duration = Duration::from_secs(30);
+
+    /// For what must not happen by time alone in a test.
+    const NEVER: Duration = Duration::from_secs(3600);
+
+    /// Restarts at once; nothing else is due to time alone.
+    fn patient() -> Timing {
+        Timing {
+            first_delay: Duration::from_millis(1),
+            max_delay: Duration::from_millis(1),
+            reset_after: NEVER,
+            ready_within: NEVER,
+            watchdog: NEVER,
+            stop_within: NEVER,
+        }
+    }
+
+    /// A child that is a shell script, which has `$LOG` to tell what happens.
+    fn shell(dir: &TempDir, name: &str, script: &str) -> ChildSpec {
+        ChildSpec {
+            name: name.to_owned(),
+            program: "/bin/sh".into(),
+            args: vec!["-c".into(), script.into()],
+            env: vec![("LOG", log_path(dir).into())],
+            sockets: Vec::new(),
+            notify_path: dir.path().join(format!("{name}.sock")),
+        }
+    }
+
+    /// A child that is [`fake_child`].
+    fn fake(dir: &TempDir, name: &str, behaviour: &str) -> ChildSpec {
+        ChildSpec {
+            program: env::current_exe().unwrap(),
+            args: ["--exact", "serve::tests::fake_child", "--nocapture"]
+                .map(Into::into)
+                .to_vec(),
+            env: vec![("LOG", log_path(dir).into()), (FAKE, behaviour.into())],
+            ..shell(dir, name, "")
+        }
+    }
+
+    const FAKE: &str = "BANTER_TEST_FAKE";
+
+    /// No test by itself: what [`fake`] children run.
+    #[test]
+    fn fake_child() {
+        let Ok(behaviour) = env::var(FAKE) else {
+            return;
+        };
+        let log = PathBuf::from(env::var_os("LOG").unwrap());
+        let say = |line: &str| {
+            let mut log = std::fs::OpenOptions::new()
+                .append(true)
+                .create(true)
+                .open(&log)
+                .unwrap();
+            std::io::Write::write_all(&mut log, format!("{line}\n").as_bytes()).unwrap();
+        };
+        say("start");
+        match behaviour.as_str() {
+            "ready" => systemd::ready("fake"),
+            "fed" => {
+                systemd::ready("fake");
+                let half = systemd::watchdog_interval().unwrap();
+                let begin = std::time::Instant::now();
+                while begin.elapsed() < 3 * 2 * half {
+                    std::thread::sleep(half / 4);
+                    systemd::watchdog();
+                }
+                say("fed");
+            }
+            "stopping" => {
+                systemd::ready("fake");
+                systemd::stopping();
+            }
+            "accept" => {
+                let sockets = ListenSockets::from_env().unwrap().unwrap();
+                systemd::ready("fake");
+                sockets.clients[0].set_nonblocking(false).unwrap();
+                // Serves one connection, then crashes.
+                let (mut stream, _) = sockets.clients[0].accept().unwrap();
+                std::io::Write::write_all(&mut stream, b"served").unwrap();
+                std::process::exit(1);
+            }
+            // With a child of its own that dies with it.
+            "parent" => {
+                let mut child = Command::new(env::current_exe().unwrap())
+                    .args(["--exact", "serve::tests::fake_child", "--nocapture"])
+                    .env(FAKE, "orphan")
+                    .env(SUPERVISOR_PID, std::process::id().to_string())
+                    .spawn()
+                    .unwrap();
+                child.wait().unwrap();
+            }
+            "orphan" => {
+                die_with_parent().unwrap();
+                println!("orphan bound");
+            }
+            other => panic!("{other}"),
+        }
+        // Does nothing more until it is killed.
+        loop {
+            std::thread::park();
+        }
+    }
+
+    fn log_path(dir: &TempDir) -> PathBuf {
+        dir.path().join("log")
+    }
+
+    fn log(dir: &TempDir) -> Vec<String> {
+        let text = std::fs::read_to_string(log_path(dir)).unwrap_or_default();
+        text.lines().map(str::to_owned).collect()
+    }
+
+    /// Waits until the children's log says what it should.
+    async fn until(dir: &TempDir, what: &str, holds: impl Fn(&[String]) -> bool) {
+        let wait = async {
+            while !holds(&log(dir)) {
+                sleep(Duration::from_millis(5)).await;
+            }
+        };
+        assert!(
+            timeout(DEADLINE, wait).await.is_ok(),
+            "{what}: {:?}",
+            log(dir)
+        );
+    }
+
+    fn count(lines: &[String], line: &str) -> usize {
+        lines.iter().filter(|other| *other == line).count()
+    }
+
+    /// One supervised child, alone.
+    struct Alone {
+        task: JoinHandle<anyhow::Result<()>>,
+        stop: Stop,
+        ready: watch::Receiver<bool>,
+    }
+
+    fn alone(spec: ChildSpec, timing: Timing) -> Alone {
+        let stop = Stop::default();
+        let (sender, ready) = watch::channel(false);
+        let task = tokio::spawn(supervise(spec, timing, sender, stop.clone()));
+        Alone { task, stop, ready }
+    }
+
+    impl Alone {
+        async fn end(self) -> anyhow::Result<()> {
+            timeout(DEADLINE, self.task).await.unwrap().unwrap()
+        }
+
+        async fn kill(self) {
+            self.stop.term.cancel();
+            self.stop.kill.cancel();
+            self.end().await.unwrap();
+        }
+    }
+
+    #[test]
+    fn waits_double_up_to_a_bound_and_begin_anew_after_a_long_run() {
+        let mut backoff = Backoff::new(&TIMING);
+        let mut wait = |ran| backoff.after(Duration::from_millis(ran)).as_millis();
+        let waits: Vec<_> = (0..8).map(|_| wait(9_999)).collect();
+        assert_eq!(waits, [100, 200, 400, 800, 1_600, 3_200, 5_000, 5_000]);
+        assert_eq!([wait(10_000), wait(0)], [100, 200]);
+    }
+
+    #[tokio::test]
+    async fn a_child_that_dies_is_started_again_after_a_wait() {
+        let dir = tempfile::tempdir().unwrap();
+        let started = Instant::now();
+        let timing = Timing {
+            first_delay: Duration::from_millis(50),
+            max_delay: Duration::from_millis(100),
+            ..patient()
+        };
+        // Also one that claims success or is killed: a server has no business to end.
+        let script = "echo start >> $LOG; case $(wc -l < $LOG) in
+            1) exit 1;; 2) exit 0;; 3) kill -9 $$;; *) exec sleep 1000;; esac";
+        let child = alone(shell(&dir, "worker", script), timing);
+        until(&dir, "four starts", |lines| lines.len() == 4).await;
+        assert!(started.elapsed() >= Duration::from_millis(50 + 100 + 100));
+        child.kill().await;
+    }
+
+    #[tokio::test]
+    async fn a_program_that_cannot_be_started_is_tried_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let program = dir.path().join("program");
+        let spec = ChildSpec {
+            program: program.clone(),
+            ..shell(&dir, "worker", "")
+        };
+        let child = alone(spec, patient());
+        // Written whole and then given its name, for a file open for writing cannot be run.
+        let new = dir.path().join("new");
+        std::fs::write(&new, "#!/bin/sh\necho start >> $LOG\nexec sleep 1000\n").unwrap();
+        std::fs::set_permissions(&new, std::fs::Permissions::from_mode(0o700)).unwrap();
+        std::fs::rename(&new, &program).unwrap();
+        until(&dir, "a start", |lines| !lines.is_empty()).await;
+        child.kill().await;
+    }
+
+    #[tokio::test]
+    async fn a_child_that_stops_feeding_its_watchdog_is_killed_and_started_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let timing = Timing {
+            watchdog: Duration::from_millis(100),
+            ..patient()
+        };
+        let mut child = alone(fake(&dir, "worker", "ready"), timing);
+        timeout(DEADLINE, child.ready.wait_for(|ready| *ready))
+            .await
+            .unwrap()
+            .unwrap();
+        until(&dir, "a restart", |lines| count(lines, "start") >= 2).await;
+        child.kill().await;
+    }
+
+    #[tokio::test]
+    async fn a_child_that_feeds_its_watchdog_lives() {
+        let dir = tempfile::tempdir().unwrap();
+        // It feeds eight times in this time, so a delay of the machine does no harm.
+        let timing = Timing {
+            watchdog: Duration::from_secs(1),
+            ..patient()
+        };
+        let child = alone(fake(&dir, "worker", "fed"), timing);
+        until(&dir, "three times the watchdog's time", |lines| {
+            count(lines, "fed") == 1
+        })
+        .await;
+        assert_eq!(count(&log(&dir), "start"), 1);
+        child.kill().await;
+    }
+
+    #[tokio::test]
+    async fn a_child_that_does_not_become_ready_is_killed_and_started_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let timing = Timing {
+            ready_within: Duration::from_millis(50),
+            ..patient()
+        };
+        let child = alone(
+            shell(&dir, "worker", "echo start >> $LOG; exec sleep 1000"),
+            timing,
+        );
+        until(&dir, "restarts", |lines| count(lines, "start") >= 3).await;
+        assert!(!*child.ready.borrow());
+        child.kill().await;
+    }
+
+    #[tokio::test]
+    async fn a_child_that_says_it_stops_but_does_not_is_killed_and_started_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let timing = Timing {
+            stop_within: Duration::from_millis(50),
+            ..patient()
+        };
+        let child = alone(fake(&dir, "worker", "stopping"), timing);
+        until(&dir, "a restart", |lines| count(lines, "start") >= 2).await;
+        child.kill().await;
+    }
+
+    #[tokio::test]
+    async fn a_child_that_ignores_sigterm_is_killed_in_time_and_not_started_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let timing = Timing {
+            stop_within: Duration::from_millis(100),
+            ..patient()
+        };
+        let script = "trap '' TERM; echo start >> $LOG; while :; do sleep 0.05; done";
+        let child = alone(shell(&dir, "worker", script), timing);
+        until(&dir, "a start", |lines| !lines.is_empty()).await;
+        child.stop.term.cancel();
+        child.end().await.unwrap();
+        assert_eq!(log(&dir), ["start"]);
+    }
+
+    #[tokio::test]
+    async fn a_stop_during_the_wait_before_a_restart_ends_at_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let timing = Timing {
+            first_delay: NEVER,
+            max_delay: NEVER,
+            ..patient()
+        };
+        let child = alone(shell(&dir, "worker", "echo start >> $LOG; exit 1"), timing);
+        until(&dir, "a start", |lines| !lines.is_empty()).await;
+        child.stop.term.cancel();
+        child.end().await.unwrap();
+        assert_eq!(log(&dir), ["start"]);
+    }
+
+    const SLEEPER: &str = "trap 'echo stopped >> $LOG; exit 0' TERM; echo start >> $LOG
+        while :; do sleep 0.05; done";
+
+    #[tokio::test]
+    async fn a_child_that_refuses_its_configuration_ends_everything() {
+        let dir = tempfile::tempdir().unwrap();
+        let master = shell(&dir, "master", SLEEPER);
+        let script = "while ! [ -s $LOG ]; do sleep 0.01; done; exit 78";
+        let worker = shell(&dir, "worker 0", script);
+        let (_signals, signals) = mpsc::channel(1);
+        let all = supervise_all(master, vec![worker], patient(), signals, || ());
+        let error = timeout(DEADLINE, all).await.unwrap().unwrap_err();
+        let error = error
+            .downcast_ref::<ConfigError>()
+            .expect("a ConfigError")
+            .to_string();
+        assert!(
+            error.starts_with("worker 0 refuses its configuration"),
+            "{error}"
+        );
+        assert_eq!(
+            log(&dir),
+            ["start", "stopped"],
+            "the other child was told to stop"
+        );
+    }
+
+    #[tokio::test]
+    async fn children_are_told_to_stop_all_at_once_and_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        // Each waits for the other's word before it ends.
+        let wait_for = |own: &str, other: &str| {
+            format!(
+                "trap 'echo {own}-told >> $LOG
+                       until grep -q {other}-told $LOG; do sleep 0.01; done
+                       echo {own}-ended >> $LOG; exit 0' TERM
+                 echo start >> $LOG; while :; do sleep 0.05; done"
+            )
+        };
+        let master = shell(&dir, "master", &wait_for("master", "worker"));
+        let worker = shell(&dir, "worker 0", &wait_for("worker", "master"));
+        let (sender, signals) = mpsc::channel(1);
+        let all = tokio::spawn(supervise_all(
+            master,
+            vec![worker],
+            patient(),
+            signals,
+            || (),
+        ));
+        until(&dir, "both to run", |lines| count(lines, "start") == 2).await;
+        sender.send(()).await.unwrap();
+        timeout(DEADLINE, all).await.unwrap().unwrap().unwrap();
+        let lines = log(&dir);
+        let ended = count(&lines, "master-ended") + count(&lines, "worker-ended");
+        assert_eq!(ended, 2, "{lines:?}");
+    }
+
+    #[tokio::test]
+    async fn a_second_signal_kills_at_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let script = "trap 'echo told >> $LOG' TERM; echo start >> $LOG
+                      while :; do sleep 0.05; done";
+        let master = shell(&dir, "master", script);
+        let worker = shell(&dir, "worker 0", script);
+        let (sender, signals) = mpsc::channel(1);
+        let all = tokio::spawn(supervise_all(
+            master,
+            vec![worker],
+            patient(),
+            signals,
+            || (),
+        ));
+        until(&dir, "both to run", |lines| count(lines, "start") == 2).await;
+        sender.send(()).await.unwrap();
+        until(&dir, "both to be told", |lines| count(lines, "told") == 2).await;
+        assert!(!all.is_finished());
+        sender.send(()).await.unwrap();
+        timeout(DEADLINE, all).await.unwrap().unwrap().unwrap();
+    }
+
+    #[tokio::test]
+    async fn the_announcement_comes_once_when_the_master_and_any_worker_are_ready() {
+        let dir = tempfile::tempdir().unwrap();
+        let master = fake(&dir, "master", "ready");
+        // One worker never gets there; the other dies again and again.
+        let workers = vec![
+            shell(&dir, "worker 0", "exec sleep 1000"),
+            fake(&dir, "worker 1", "ready"),
+        ];
+        let (sender, signals) = mpsc::channel(2);
+        let (announced, mut announcements) = mpsc::channel(9);
+        let timing = Timing {
+            watchdog: Duration::from_millis(50),
+            ..patient()
+        };
+        let all = tokio::spawn(supervise_all(master, workers, timing, signals, move || {
+            announced.try_send(()).unwrap();
+        }));
+        timeout(DEADLINE, announcements.recv())
+            .await
+            .unwrap()
+            .unwrap();
+        until(&dir, "restarts", |lines| count(lines, "start") >= 6).await;
+        sender.send(()).await.unwrap();
+        sender.send(()).await.unwrap();
+        timeout(DEADLINE, all).await.unwrap().unwrap().unwrap();
+        assert_eq!(announcements.recv().await, None, "only once");
+    }
+
+    #[tokio::test]
+    async fn no_announcement_without_a_worker() {
+        let dir = tempfile::tempdir().unwrap();
+        let (sender, signals) = mpsc::channel(2);
+        let workers = vec![shell(
+            &dir,
+            "worker 0",
+            "echo start >> $LOG; exec sleep 1000",
+        )];
+        let mut all = Box::pin(supervise_all(
+            fake(&dir, "master", "stopping"),
+            workers,
+            patient(),
+            signals,
+            || panic!("announced"),
+        ));
+        let both = until(&dir, "both to run", |lines| count(lines, "start") == 2);
+        tokio::select! {
+            ended = &mut all => panic!("{ended:?}"),
+            () = both => {}
+        }
+        sender.send(()).await.unwrap();
+        sender.send(()).await.unwrap();
+        timeout(DEADLINE, all).await.unwrap().unwrap();
+    }
+
+    #[tokio::test]
+    async fn connections_wait_while_a_master_that_died_starts_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let sockets = ListenSockets::bind(0, dir.path()).unwrap();
+        let port = sockets.clients[0].local_addr().unwrap().port();
+        let household = Household {
+            program: env::current_exe().unwrap(),
+            runtime_dir: dir.path(),
+            env: fake(&dir, "master", "accept").env,
+            secret: None,
+        };
+        let args = fake(&dir, "", "").args;
+        let master = ChildSpec {
+            args,
+            ..household.master(sockets)
+        };
+        let child = alone(master, patient());
+        // Each start serves one only, so all but the first wait for the next.
+        let mut clients: Vec<_> = (0..3)
+            .map(|_| std::net::TcpStream::connect(("127.0.0.1", port)).expect("not refused"))
+            .collect();
+        let read = tokio::task::spawn_blocking(move || {
+            for client in &mut clients {
+                client.set_read_timeout(Some(DEADLINE)).unwrap();
+                let mut served = String::new();
+                client.read_to_string(&mut served).unwrap();
+                assert_eq!(served, "served");
+            }
+        });
+        timeout(DEADLINE, read).await.unwrap().unwrap();
+        assert!(count(&log(&dir), "start") >= 3);
+        child.kill().await;
+    }
+
+    #[test]
+    fn children_of_a_killed_supervisor_die() {
+        let dir = tempfile::tempdir().unwrap();
+        let spec = fake(&dir, "supervisor", "parent");
+        let mut parent = Command::new(&spec.program)
+            .args(&spec.args)
+            .envs(spec.env)
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        // The child inherits the pipe: it ends when both are gone.
+        let mut output = BufReader::new(parent.stdout.take().unwrap());
+        let mut line = String::new();
+        while !line.contains("orphan bound") {
+            line.clear();
+            assert_ne!(
+                output.read_line(&mut line).unwrap(),
+                0,
+                "the child did not start"
+            );
+        }
+        parent.kill().unwrap();
+        let (sender, ended) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            output.read_to_string(&mut String::new()).unwrap();
+            sender.send(()).unwrap();
+        });
+        let ended = ended.recv_timeout(DEADLINE);
+        parent.wait().unwrap();
+        ended.expect("the child outlives its supervisor");
+    }
+
+    #[test]
+    fn redis_is_refused_only_if_set() {
+        let args = |url: Option<&str>| StateArgs {
+            state_dir: None,
+            redis_url: url.map(str::to_owned),
+        };
+        refuse_redis(&args(None)).unwrap();
+        refuse_redis(&args(Some(""))).unwrap();
+        let error = refuse_redis(&args(Some("redis://localhost")))
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains("unset it") && !error.contains('\n'),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn the_runtime_directory_is_private_short_and_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let long = dir.path().join("x".repeat(90));
+        std::fs::create_dir(&long).unwrap();
+        let missing = dir.path().join("missing");
+        let bases = [long.clone(), missing.clone(), dir.path().to_owned()];
+        let made = RuntimeDir::create_in_first(bases.into_iter()).unwrap();
+        let path = made.path().to_owned();
+        assert_eq!(path.parent(), Some(dir.path()));
+        assert_eq!(
+            std::fs::metadata(&path).unwrap().permissions().mode() & 0o777,
+            0o700
+        );
+        let sockets = ListenSockets::bind(0, &path).unwrap();
+        std::os::unix::net::UnixDatagram::bind(path.join(LONGEST_SOCKET_NAME)).unwrap();
+        drop((made, sockets));
+        assert!(!path.exists());
+
+        let error = RuntimeDir::create_in_first([long, missing].into_iter()).unwrap_err();
+        let error = error.to_string();
+        assert!(
+            error.contains("too long") && error.contains("No such file"),
+            "{error}"
+        );
     }
 }

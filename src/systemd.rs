@@ -618,7 +618,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let bound = ListenSockets::bind(0, dir.path()).unwrap();
         let port = bound.clients[0].local_addr().unwrap().port();
-        std::net::TcpStream::connect((Ipv4Addr::LOCALHOST, port)).unwrap();
+        let client = std::net::TcpStream::connect((Ipv4Addr::LOCALHOST, port)).unwrap();
+        // Who closes first has the connection in TIME_WAIT, and with it the port.
+        drop(bound.clients[0].accept().unwrap());
+        drop(client);
         if bound.clients[0].local_addr().unwrap().is_ipv6() {
             std::net::TcpStream::connect((Ipv6Addr::LOCALHOST, port)).unwrap();
         }
