@@ -226,14 +226,20 @@ fn choose(key: &RoutingKey, home: Option<u32>, standings: &[Standing]) -> Choice
             Choice::Wait
         };
     }
-    let ready = |worker: u32| {
-        standings.iter().any(|s| {
-            s.worker == worker && s.state == WorkerState::Serving && s.window > 0 && !s.passed_over
-        })
+    let serving = |worker: u32| {
+        standings
+            .iter()
+            .find(|s| s.worker == worker && s.state == WorkerState::Serving && !s.passed_over)
     };
+    // A worker that has only yet to acknowledge others is worth the moment: a polling client's
+    // requests must meet the same worker also before its session is registered.
     let ranked = routing::ranked(key, standings.iter().map(|s| s.worker));
-    if let Some(worker) = ranked.into_iter().find(|worker| ready(*worker)) {
-        return Choice::Worker(worker);
+    if let Some(worker) = ranked.into_iter().find_map(serving) {
+        return if worker.window > 0 {
+            Choice::Worker(worker.worker)
+        } else {
+            Choice::Wait
+        };
     }
     if !standings.is_empty() && standings.iter().all(|s| s.state == WorkerState::Full) {
         Choice::Refuse
@@ -486,23 +492,32 @@ mod tests {
     use WorkerState::{Draining, Full, Serving, Starting};
 
     #[test]
-    fn without_sessions_the_hash_decides_among_workers_with_credit() {
-        let all = [
-            standing(0, Serving, 1),
-            standing(1, Serving, 1),
-            standing(2, Serving, 1),
-        ];
+    fn without_sessions_the_hash_decides_and_a_full_worker_is_passed_over() {
+        let all = [0, 1, 2].map(|worker| standing(worker, Serving, 1));
         let Choice::Worker(first) = choose(&key(1), None, &all) else {
             panic!("no worker")
         };
-        let without = all.map(|s| Standing {
-            window: u32::from(s.worker != first),
-            ..s
+        let full = all.map(|s| match s.worker == first {
+            true => standing(s.worker, Full, 0),
+            false => s,
         });
-        let Choice::Worker(second) = choose(&key(1), None, &without) else {
+        let Choice::Worker(second) = choose(&key(1), None, &full) else {
             panic!("no worker")
         };
         assert_ne!(first, second);
+    }
+
+    #[test]
+    fn a_worker_that_has_yet_to_acknowledge_others_is_waited_for() {
+        let all = [0, 1, 2].map(|worker| standing(worker, Serving, 1));
+        let Choice::Worker(first) = choose(&key(1), None, &all) else {
+            panic!("no worker")
+        };
+        let busy = all.map(|s| Standing {
+            window: u32::from(s.worker != first),
+            ..s
+        });
+        assert_eq!(choose(&key(1), None, &busy), Choice::Wait);
     }
 
     #[test]

@@ -733,7 +733,7 @@ impl Loop {
                 let missed: Vec<_> = room.feed.after(*id).cloned().collect();
                 let fresh = answer.fresh();
                 let online = self.dispatch.online(channel);
-                answer.send(&seat.local.wire, &missed, room.feed.tip().max(*id), online);
+                answer.send(&missed, room.feed.tip().max(*id), online);
                 if fresh {
                     let data = json!({ "username": &*seat.local.user, "channel": channel });
                     seat.local.wire.emit("user : joined", &data);

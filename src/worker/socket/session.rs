@@ -72,6 +72,10 @@ pub enum Input {
 /// The answer to a join, but for what is added last.
 pub struct JoinAnswer {
     history: Vec<Message>,
+    /// The most messages that it may hold.
+    most: usize,
+    /// Whether it holds what the client missed, rather than the latest.
+    missed: bool,
     more: bool,
     reset: bool,
     fresh: bool,
@@ -108,37 +112,24 @@ impl JoinAnswer {
     }
 
     /// Sends it, with the messages that the feed had beyond the history.
-    pub fn send(
-        self,
-        _wire: &Connection,
-        missed: &[Arc<Message>],
-        last: u64,
-        online: Vec<(String, Status)>,
-    ) {
-        let mut history = self.history;
-        history.extend(missed.iter().map(|message| Message::clone(message)));
-        let most = PAGE_LIMIT as usize;
-        let surplus = history.len().saturating_sub(most);
-        history.drain(..surplus);
+    pub fn send(self, missed: &[Arc<Message>], last: u64, online: Vec<(String, Status)>) {
+        let mut messages = self.history;
+        messages.extend(missed.iter().map(|message| Message::clone(message)));
+        let surplus = messages.len().saturating_sub(self.most);
+        messages.drain(..surplus);
         match self.to {
             AnswerTo::Client(ack) => acknowledge(
                 ack,
                 &Joined {
-                    messages: messages::as_strings(&history),
+                    messages: messages::as_strings(&messages),
                     online_users: Member::list(online),
                     last,
-                    more: self.more || surplus > 0,
+                    more: self.more || (self.missed && surplus > 0),
                     reset: self.reset,
                 },
             ),
             AnswerTo::Master { id, link } => {
-                // The latest ones are what a join by REST shows.
-                let surplus = history.len().saturating_sub(HISTORY as usize);
-                history.drain(..surplus);
-                let outcome = JoinedElsewhere::Joined {
-                    messages: history,
-                    online,
-                };
+                let outcome = JoinedElsewhere::Joined { messages, online };
                 link.tell(FromWorker::Attached { id, outcome });
             }
         }
@@ -562,8 +553,16 @@ impl Session {
                 Ok(read) => read,
                 Err(refusal) => return to.refuse(&refusal),
             };
+            let missed = after.is_some() && !reset;
+            let most = if missed {
+                u64::from(PAGE_LIMIT)
+            } else {
+                HISTORY
+            };
             let answer = Box::new(JoinAnswer {
                 history,
+                most: usize::try_from(most).unwrap_or(usize::MAX),
+                missed,
                 more,
                 reset,
                 fresh,
