@@ -28,6 +28,18 @@ impl Process {
         kill_process(Pid::from_child(&self.0), signal).unwrap();
     }
 
+    /// Freezes it, and waits until every thread is frozen: the signal alone does not.
+    fn freeze(&self) {
+        self.signal(Signal::STOP);
+        until("every thread is stopped", || {
+            let tasks = std::fs::read_dir(format!("/proc/{}/task", self.0.id())).unwrap();
+            tasks.flatten().all(|task| {
+                std::fs::read_to_string(task.path().join("stat"))
+                    .is_ok_and(|stat| stat.contains(") T "))
+            })
+        });
+    }
+
     /// Stops it the way systemd does, and tells whether it ended well.
     fn stop(mut self) -> bool {
         self.signal(Signal::TERM);
@@ -201,7 +213,7 @@ fn connections_that_a_hanging_worker_does_not_take_go_to_another_one() {
     let hosts = place.hosts_of(0);
     let _other = place.worker(1, &[]);
     place.hosts_of(1);
-    stuck.signal(Signal::STOP);
+    stuck.freeze();
     for host in hosts {
         let answer = place.health(host);
         assert!(answer.ends_with(r#""worker":1}"#), "{answer}");
@@ -217,7 +229,7 @@ fn a_worker_that_dies_takes_no_waiting_connection_along() {
     let _master = place.master();
     let worker = place.worker(0, &[]);
     place.hosts_of(0);
-    worker.signal(Signal::STOP);
+    worker.freeze();
     let mut waiting: Vec<TcpStream> = (2..22)
         .map(|host| {
             let mut stream = place.connect(host).unwrap();
