@@ -273,6 +273,8 @@ pub enum FromMaster {
         id: u64,
         /// The answer.
         reply: Reply,
+        /// Where the log was after the command: the answer is true for a replica that is there.
+        position: Position,
     },
     /// The answer to [`FromWorker::JoinUser`].
     JoinedUser {
@@ -293,6 +295,8 @@ pub enum FromMaster {
         channel: String,
         /// Whether the user was not in it before.
         fresh: bool,
+        /// Where the log was after the join.
+        position: Position,
     },
     /// Find out whether the peer of this user's socket is alive.
     Probe {

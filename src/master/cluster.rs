@@ -373,7 +373,7 @@ impl Cluster {
         let (events, outcome) = registry.command(&member.link.origin, &command, now);
         self.publish(&events);
         match outcome {
-            Outcome::Reply(reply) => self.answer(link, FromMaster::Reply { id, reply }),
+            Outcome::Reply(reply) => self.reply(link, id, reply),
             Outcome::Contested { worker, generation } => {
                 let Command::Connect { user, .. } = &command else {
                     return;
@@ -434,6 +434,7 @@ impl Cluster {
             channel: channel.clone(),
         };
         let (events, outcome) = registry.command(&origin, &join, Now::read());
+        let position = registry.position();
         self.publish(&events);
         let Outcome::Reply(Reply::Joined { fresh }) = outcome else {
             let outcome = JoinedElsewhere::TooManyChannels;
@@ -455,6 +456,7 @@ impl Cluster {
                 generation,
                 channel,
                 fresh,
+                position,
             });
         }
     }
@@ -463,6 +465,21 @@ impl Cluster {
         self.members
             .values()
             .find(|member| member.link.origin.worker == worker)
+    }
+
+    fn reply(&self, link: u64, id: u64, reply: Reply) {
+        let Some(registry) = &self.registry else {
+            return;
+        };
+        let position = registry.position();
+        self.answer(
+            link,
+            FromMaster::Reply {
+                id,
+                reply,
+                position,
+            },
+        );
     }
 
     fn answer(&self, link: u64, frame: FromMaster) {
@@ -555,13 +572,7 @@ impl Cluster {
             !contests.is_empty()
         });
         for (link, id) in refused {
-            self.answer(
-                link,
-                FromMaster::Reply {
-                    id,
-                    reply: Reply::NameTaken,
-                },
-            );
+            self.reply(link, id, Reply::NameTaken);
         }
         let late: Vec<u64> = self
             .attaches

@@ -17,7 +17,7 @@ use super::link::{Identity, Link};
 use super::socket::session::{self, JoinAnswer};
 use super::socket::wire::{self, Connection};
 use crate::control::{Command, Ending, FromMaster, FromWorker, JoinedElsewhere};
-use crate::presence::{Event, Notice, Numbered, Received, Replica, Snapshot, Status};
+use crate::presence::{Event, Notice, Numbered, Position, Received, Replica, Snapshot, Status};
 use crate::store::{BusEvent, PAGE_LIMIT, Page, Range, Store, StoreError};
 use crate::systemd;
 
@@ -85,6 +85,14 @@ pub enum Attached {
 pub enum Item {
     /// A frame from the master.
     Master(FromMaster),
+    /// The master's answer to a command; to be delivered once the replica is where the log was
+    /// then.
+    Replied {
+        /// The log's end.
+        position: Position,
+        /// Delivers it.
+        deliver: Box<dyn FnOnce() + Send>,
+    },
     /// From the bus.
     Bus(BusEvent),
     /// What does the worker know?
@@ -241,6 +249,8 @@ pub struct Loop {
     rooms: HashMap<String, Room>,
     /// Whether the master has been asked for missing events.
     catching_up: bool,
+    /// Waiting for the replica to reach a position.
+    parked: Vec<(Position, Item)>,
     ready: bool,
 }
 
@@ -256,6 +266,7 @@ impl Loop {
             users: HashMap::new(),
             rooms: HashMap::new(),
             catching_up: false,
+            parked: Vec::new(),
             ready: false,
         }
     }
@@ -287,6 +298,13 @@ impl Loop {
     fn handle(&mut self, item: Item) {
         match item {
             Item::Master(frame) => self.master(frame),
+            Item::Replied { position, deliver } => {
+                if self.is_behind(position) {
+                    self.park(position, Item::Replied { position, deliver });
+                } else {
+                    deliver();
+                }
+            }
             Item::Bus(event) => self.bus(event),
             Item::Known(reply) => {
                 let replica = self.dispatch.replica.read().snapshot().cloned();
@@ -345,11 +363,14 @@ impl Loop {
             }
             FromMaster::Tick { seq, position } => {
                 self.link.tell(FromWorker::Pong { seq });
-                if self.dispatch.replica.read().is_behind(position) {
+                if self.is_behind(position) {
                     // Asked again each second, should the answer be lost.
                     self.catching_up = false;
                     self.catch_up();
                 }
+            }
+            FromMaster::Attach { position, .. } if self.is_behind(position) => {
+                self.park(position, Item::Master(frame));
             }
             FromMaster::Attach {
                 id,
@@ -357,9 +378,8 @@ impl Loop {
                 generation,
                 channel,
                 fresh,
-            } => {
-                self.attach_elsewhere(id, &user, generation, channel, fresh);
-            }
+                ..
+            } => self.attach_elsewhere(id, &user, generation, channel, fresh),
             FromMaster::Probe { user, generation } => {
                 if let Some(seat) = self.seat_of(&user, generation) {
                     seat.local.wire.probe();
@@ -381,6 +401,33 @@ impl Loop {
             Received::Applied(notices) => {
                 self.follow(&numbered.event);
                 self.announce(notices);
+                self.unpark();
+            }
+        }
+    }
+
+    fn is_behind(&self, position: Position) -> bool {
+        self.dispatch.replica.read().is_behind(position)
+    }
+
+    /// Keeps an item until the replica has reached a position. What is missing is on its way, or
+    /// is lost; so it is asked for.
+    fn park(&mut self, position: Position, item: Item) {
+        self.parked.push((position, item));
+        self.catch_up();
+    }
+
+    /// Handles what waited for a position that the replica has reached.
+    fn unpark(&mut self) {
+        if self.parked.is_empty() {
+            return;
+        }
+        let parked = std::mem::take(&mut self.parked);
+        for (position, item) in parked {
+            if self.is_behind(position) {
+                self.parked.push((position, item));
+            } else {
+                self.handle(item);
             }
         }
     }
@@ -419,6 +466,7 @@ impl Loop {
         for connection in stale {
             self.evict(&connection, "its session ended while the master was away");
         }
+        self.unpark();
     }
 
     /// Keeps the sockets in step with an event that has just been applied.

@@ -352,7 +352,23 @@ impl Connector {
 
     async fn received(&mut self, frame: FromMaster, dispatch: &Dispatch) -> Result<(), Broken> {
         let (id, answer) = match frame {
-            FromMaster::Reply { id, reply } => (id, Answer::Reply(reply)),
+            FromMaster::Reply {
+                id,
+                reply,
+                position,
+            } => {
+                // Through the dispatch loop, which passes it on once its replica is so far: who
+                // gets the answer finds a state that agrees with it.
+                let Some(question) = self.unanswered.remove(&id) else {
+                    return Ok(());
+                };
+                let deliver: Box<dyn FnOnce() + Send> = Box::new(move || {
+                    // Whoever asked may have given up.
+                    let _ = question.answer.send(Answer::Reply(reply));
+                });
+                let item = Item::Replied { position, deliver };
+                return dispatch.send(item).await.ok_or(Broken::Stopped);
+            }
             FromMaster::JoinedUser { id, outcome } => (id, Answer::Joined(outcome)),
             FromMaster::Store { id, result } => (id, Answer::Store(result)),
             FromMaster::Bus(event) => {
