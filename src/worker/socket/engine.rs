@@ -24,6 +24,7 @@ use tokio_util::sync::CancellationToken;
 use tower::ServiceExt as _;
 use tower::util::BoxCloneSyncService;
 
+use super::Admission;
 use super::eio3::{self, Utf8Mode};
 use crate::worker::App;
 use crate::worker::http::error::ApiError;
@@ -36,6 +37,9 @@ pub const MAX_PAYLOAD: usize = 1_000_000;
 
 /// How long a polling request's body may take.
 const BODY_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Sessions that a worker keeps, those not authenticated yet included; no more are opened.
+const MAX_SESSIONS: usize = 65_536;
 
 /// Sessions that opened a transport and then nothing are forgotten after this time; the engine
 /// closes them earlier.
@@ -54,6 +58,8 @@ pub struct EngineSession {
     heartbeats: Heartbeats,
     /// Which client's way of encoding text the session has shown (Engine.IO 3).
     utf8: Mutex<Utf8Mode>,
+    /// Of a socket that was let in and is not served yet.
+    admission: Mutex<Option<Admission>>,
 }
 
 impl EngineSession {
@@ -65,7 +71,18 @@ impl EngineSession {
             polled: AtomicU64::new(0),
             heartbeats: Heartbeats::new(),
             utf8: Mutex::new(Utf8Mode::default()),
+            admission: Mutex::new(None),
         })
+    }
+
+    /// Leaves word for who serves the socket.
+    pub fn admit(&self, admission: Admission) {
+        *self.admission.lock() = Some(admission);
+    }
+
+    /// Takes what [`EngineSession::admit`] left.
+    pub fn take_admission(&self) -> Option<Admission> {
+        self.admission.lock().take()
     }
 
     /// Ends the session's transport: a WebSocket at once, a polling client at its next request
@@ -147,7 +164,12 @@ impl Sessions {
             .clone()
     }
 
-    fn get(&self, sid: &str) -> Option<Arc<EngineSession>> {
+    fn len(&self) -> usize {
+        self.by_id.lock().len()
+    }
+
+    /// The session of an id.
+    pub fn get(&self, sid: &str) -> Option<Arc<EngineSession>> {
         self.by_id.lock().get(sid).cloned()
     }
 
@@ -220,6 +242,9 @@ async fn exchange(
         handle.expect_upgrade(revision);
     }
     let Some(sid) = params.sid else {
+        if app.sessions.len() >= MAX_SESSIONS {
+            return Err(ApiError::unavailable());
+        }
         if revision == Revision::V3 {
             // These clients understand only a refusal by HTTP status.
             let token = params.token.ok_or_else(ApiError::token_missing)?;

@@ -12,10 +12,10 @@ pub mod events;
 pub mod session;
 pub mod wire;
 
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use parking_lot::Mutex;
 use serde_json::Value;
 use socketioxide::extract::{AckSender, Event, SocketRef, TryData};
 use socketioxide::handler::ConnectHandler as _;
@@ -40,21 +40,43 @@ const QUEUE_BYTES: usize = 4 * engine::MAX_PAYLOAD;
 /// How long a refused client may take to read why.
 const REFUSAL: Duration = Duration::from_secs(1);
 
-/// What the middleware leaves for the connect handler: the session, and its queue.
-#[derive(Clone)]
-struct Prepared(Arc<Mutex<Option<(Session, mpsc::Receiver<Input>)>>>);
+/// What the middleware leaves for the connect handler, in the engine's session. Not in the socket
+/// itself: queued events keep the socket, and where it is gone before the handler runs, the two
+/// would keep each other for ever.
+#[derive(Debug)]
+pub struct Admission {
+    caller: Caller,
+    credentials: Credentials,
+    client: IpAddr,
+    inputs: (mpsc::Sender<Input>, mpsc::Receiver<Input>),
+}
 
 /// Serves the sockets of the main namespace.
 pub fn listen(app: &Arc<App>, io: &SocketIo) {
-    let app = app.clone();
+    let admitting = app.clone();
     let middleware = move |socket: SocketRef, TryData(auth): TryData<Value>| {
-        let app = app.clone();
+        let app = admitting.clone();
         async move { admit(app, socket, auth.ok()).await }
     };
-    let connected = async |socket: SocketRef| {
-        let prepared = socket.extensions.remove::<Prepared>();
-        if let Some((session, inputs)) = prepared.and_then(|Prepared(slot)| slot.lock().take()) {
-            session.run(inputs).await;
+    let app = app.clone();
+    let connected = move |socket: SocketRef| {
+        let app = app.clone();
+        async move {
+            let Some(engine) = app.sessions.get(&socket.id.to_string()) else {
+                return;
+            };
+            let Some(admission) = engine.take_admission() else {
+                return;
+            };
+            let wire = Arc::new(wire::Connection::new(socket, engine, admission.client));
+            let Admission {
+                caller,
+                credentials,
+                inputs,
+                ..
+            } = admission;
+            let session = Session::new(app, caller, wire, credentials, inputs);
+            session.run().await;
         }
     };
     io.ns("/", connected.with(middleware));
@@ -73,11 +95,6 @@ async fn admit(app: Arc<App>, socket: SocketRef, auth: Option<Value>) -> Result<
     let engine = app.sessions.connected(&socket.id.to_string(), websocket);
     let opened_by = parts.extensions.get::<OpenedBy>().cloned();
     let credentials = Credentials::of(&engine::params(&parts.uri), auth.as_ref());
-    let wire = Arc::new(wire::Connection::new(
-        socket.clone(),
-        engine.clone(),
-        client,
-    ));
     let caller: Result<Caller, ApiError> = match (opened_by, &credentials.token) {
         (Some(OpenedBy(caller)), _) => Ok(caller),
         (None, Some(token)) => app.authenticate(token).await,
@@ -89,7 +106,7 @@ async fn admit(app: Arc<App>, socket: SocketRef, auth: Option<Value>) -> Result<
             // The protocol leaves the transport of a refused client open.
             tokio::spawn(async move {
                 tokio::time::sleep(REFUSAL).await;
-                wire.kill();
+                engine.kill();
             });
             return Err(error);
         }
@@ -135,10 +152,12 @@ async fn admit(app: Arc<App>, socket: SocketRef, auth: Option<Value>) -> Result<
     });
     let is_old = socket.protocol() == ProtocolVersion::V4;
     tracing::debug!(user = caller.name, %client, old_protocol = is_old, "a client connects");
-    let session = Session::new(app, caller, wire, credentials, inputs);
-    socket
-        .extensions
-        .insert(Prepared(Arc::new(Mutex::new(Some((session, inputs_rx))))));
+    engine.admit(Admission {
+        caller,
+        credentials,
+        client,
+        inputs: (inputs, inputs_rx),
+    });
     Ok(())
 }
 

@@ -155,8 +155,8 @@ pub struct Session {
     connection: Arc<str>,
     wire: Arc<Connection>,
     credentials: Credentials,
-    /// To its own queue, for the dispatch loop.
-    inputs: mpsc::Sender<Input>,
+    /// Its queue, also for the dispatch loop.
+    inputs: (mpsc::Sender<Input>, mpsc::Receiver<Input>),
     generation: u64,
     /// Up to when the client has everything, as far as was known when it connected: Unix time,
     /// milliseconds.
@@ -189,7 +189,7 @@ impl Session {
         caller: Caller,
         wire: Arc<Connection>,
         credentials: Credentials,
-        inputs: mpsc::Sender<Input>,
+        inputs: (mpsc::Sender<Input>, mpsc::Receiver<Input>),
     ) -> Self {
         let rate = app.limits.post_rate;
         let limit = if rate == 0 {
@@ -215,12 +215,12 @@ impl Session {
     }
 
     /// Runs until the socket is gone.
-    pub async fn run(mut self, mut inputs: mpsc::Receiver<Input>) {
+    pub async fn run(mut self) {
         let local = Local {
             connection: self.connection.clone(),
             user: self.user.as_str().into(),
             wire: self.wire.clone(),
-            session: self.inputs.clone(),
+            session: self.inputs.0.clone(),
             spare_own: self.credentials.resume.is_none(),
         };
         if self.app.dispatch.send(Item::Arrived(local)).await.is_none() {
@@ -244,9 +244,9 @@ impl Session {
             }
             Entrance::Failed => self.wire.kill(),
         }
-        let reason = self.handle_inputs(&mut inputs).await;
+        let reason = self.handle_inputs().await;
         // What still came is answered by nobody.
-        inputs.close();
+        self.inputs.1.close();
         self.app
             .dispatch
             .send(Item::Departed(self.connection.clone()))
@@ -394,8 +394,8 @@ impl Session {
     }
 
     /// Handles what comes, until the socket is gone.
-    async fn handle_inputs(&mut self, inputs: &mut mpsc::Receiver<Input>) -> DisconnectReason {
-        while let Some(input) = inputs.recv().await {
+    async fn handle_inputs(&mut self) -> DisconnectReason {
+        while let Some(input) = self.inputs.1.recv().await {
             match input {
                 Input::Disconnected(reason) => return reason,
                 // Without a session there is nothing that it may do.
