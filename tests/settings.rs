@@ -2,6 +2,9 @@
 //!
 //! To bring it up to date: `BANTER_UPDATE_README=1 cargo test --test settings`.
 
+// The exemption of tests does not reach the helpers that they share.
+#![allow(clippy::unwrap_used)]
+
 use std::path::Path;
 use std::process::Command;
 
@@ -33,7 +36,7 @@ impl Setting {
             meaning.truncate(at);
             Some(value)
         };
-        // From the end: the default comes last.
+        // From the end, where the default comes last.
         let default = take("default");
         let variable = take("env").map(|env| env.split('=').next().unwrap().to_owned());
         Some(Self {
