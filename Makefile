@@ -10,11 +10,20 @@ MAKEFLAGS += --no-print-directory
 CARGO ?= cargo
 CARGO_DENY_VERSION := 0.20.2
 CLIENTS := tests/clients
+PEER := benches/chat
 TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
+# What is installed in a folder stays until its lock file says something else.
+define npm-ci
+stamp=$(1)/node_modules/.installed
+if ! cmp -s $(1)/package-lock.json "$$stamp"; then
+	(cd $(1) && npm ci --no-audit --no-fund --loglevel=error </dev/null)
+	cp $(1)/package-lock.json "$$stamp"
+fi
+endef
 # Root needs no sudo; without a terminal sudo must not ask.
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo -n)
 
-.PHONY: help run build test test-unit test-clients bench fmt lint advisories install-test-deps
+.PHONY: help run build test test-unit test-clients bench fmt lint advisories install-node install-test-deps install-bench-deps
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 20
@@ -38,7 +47,7 @@ test-unit: ## Run the tests of the crate
 test-clients: install-test-deps build ## Run real Socket.IO clients of four major versions against the binary
 	@BANTER_BIN="$${BANTER_BIN:-$(abspath $(TARGET_DIR))/debug/banter}" node $(CLIENTS)/run.js $(FILES)
 
-install-test-deps: ## Install Node.js, where it is missing, and the clients
+install-node: ## Install Node.js where it is missing
 	@if ! { command -v node && command -v npm; } >/dev/null; then
 		echo "installing Node.js and npm"
 		command -v apt-get >/dev/null || { echo "Node.js 18.19 or newer with npm is needed, and there is no apt-get to install it with" >&2; exit 1; }
@@ -47,15 +56,17 @@ install-test-deps: ## Install Node.js, where it is missing, and the clients
 		$(SUDO) apt-get install -y -qq --no-install-recommends nodejs npm </dev/null >/dev/null
 	fi
 	node -e 'const [a, b] = process.versions.node.split("."); if (a < 18 || (a == 18 && b < 19)) { console.error("Node.js 18.19 or newer is needed, this is " + process.version); process.exit(1); }'
-	# What is installed stays until the lock file says something else.
-	stamp=$(CLIENTS)/node_modules/.installed
-	if ! cmp -s $(CLIENTS)/package-lock.json "$$stamp"; then
-		(cd $(CLIENTS) && npm ci --no-audit --no-fund --loglevel=error </dev/null)
-		cp $(CLIENTS)/package-lock.json "$$stamp"
-	fi
 
-bench: ## Run the benchmarks
-	@$(CARGO) bench --locked
+install-test-deps: install-node ## Install the clients
+	@$(call npm-ci,$(CLIENTS))
+
+install-bench-deps: install-node ## Install the benchmark's peer
+	@$(call npm-ci,$(PEER))
+
+bench: install-bench-deps ## Measure the store, and the server beside a peer (three minutes, after the build)
+	@$(CARGO) build --release --locked
+	$(CARGO) bench --locked --bench store
+	BANTER_BIN="$(abspath $(TARGET_DIR))/release/banter" node $(PEER)/run.js
 
 fmt: ## Format the code
 	@$(CARGO) fmt
