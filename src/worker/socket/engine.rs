@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use axum::body::Body;
 use axum::extract::{Query, Request};
 use axum::response::{IntoResponse as _, Response};
-use http::{Method, StatusCode, header};
+use http::{HeaderName, HeaderValue, Method, StatusCode, header};
 use http_body_util::{BodyExt as _, LengthLimitError, Limited};
 use parking_lot::Mutex;
 use serde::Deserialize;
@@ -37,6 +37,15 @@ pub const MAX_PAYLOAD: usize = 1_000_000;
 
 /// How long a polling request's body may take.
 const BODY_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Headers that socketioxide reads of a request that opens a session.
+const KEPT_HEADERS: [HeaderName; 5] = [
+    header::CONNECTION,
+    header::UPGRADE,
+    header::SEC_WEBSOCKET_KEY,
+    header::SEC_WEBSOCKET_VERSION,
+    header::CONTENT_TYPE,
+];
 
 /// Sessions that a worker keeps, those not authenticated yet included; no more are opened.
 const MAX_SESSIONS: usize = 65_536;
@@ -251,7 +260,7 @@ async fn exchange(
             let caller = app.authenticate(&token).await?;
             request.extensions_mut().insert(OpenedBy(caller));
         }
-        let response = call(inner, request).await;
+        let response = call(inner, compact(request)).await;
         return if websocket {
             Ok(response)
         } else {
@@ -290,6 +299,25 @@ async fn call(inner: Inner, request: Request) -> Response {
         Ok(response) => response,
         Err(never) => match never {},
     }
+}
+
+/// Copies what is kept of a request that opens a session. The engine keeps it for the session's
+/// life, and what hyper parsed are slices that would keep its whole read buffer.
+fn compact(request: Request) -> Request {
+    let (mut parts, body) = request.into_parts();
+    parts.headers = parts
+        .headers
+        .iter()
+        .filter(|(name, _)| KEPT_HEADERS.contains(name))
+        .filter_map(|(name, value)| {
+            let copy = HeaderValue::from_bytes(value.as_bytes()).ok()?;
+            Some((name.clone(), copy))
+        })
+        .collect();
+    if let Ok(uri) = parts.uri.to_string().parse() {
+        parts.uri = uri;
+    }
+    Request::from_parts(parts, body)
 }
 
 /// The answer that makes a client open a new session.
@@ -410,7 +438,7 @@ pub fn socket_io(app: &App) -> (Inner, SocketIo) {
         .max_payload(MAX_PAYLOAD as u64)
         .ws_max_message_size(MAX_PAYLOAD)
         .ws_max_frame_size(MAX_PAYLOAD)
-        .ws_read_buffer_size(4096)
+        .ws_read_buffer_size(1024)
         .with_parser(
             ParserConfig::common()
                 .max_incoming_binaries(4)
