@@ -78,7 +78,8 @@ pub struct LimitArgs {
     /// Registrations and failed logins per minute and address. 0: no limit.
     #[arg(long, env = "BANTER_AUTH_RATE", default_value_t = 30, value_name = "N")]
     pub auth_rate: u32,
-    /// Posts per second and session, with a burst of three times as many. 0: no limit.
+    /// Posts per second and session, with a burst of three times as many; a user may create a
+    /// twentieth as many channels. 0: no limit.
     #[arg(long, env = "BANTER_POST_RATE", default_value_t = 20, value_name = "N")]
     pub post_rate: u32,
     /// Connections per worker. 0: what the limit on open files allows.

@@ -17,12 +17,20 @@ use crate::store::{BusEvent, Channel, Message, NewMessage, Page, Posted, Range, 
 /// Version of the frames; both sides must have the same one.
 pub const PROTOCOL: u32 = 1;
 
-/// The largest frame: a snapshot of some hundred thousand sessions.
-const MAX_FRAME: usize = 64 * 1024 * 1024;
+/// The largest frame. Only snapshots come near it, and only those of hundreds of thousands of
+/// sessions; both ends are Banter's own, so its size is a bound and not a danger.
+const MAX_FRAME: usize = 512 * 1024 * 1024;
+
+/// The largest answer of the store: a page of [`crate::store::PAGE_LIMIT`] messages as large as
+/// the transport lets them be.
+pub const MAX_ANSWER: usize = 256 * 1024 * 1024;
 
 /// A frame could not be read or written.
 #[derive(Debug, thiserror::Error)]
 pub enum FrameError {
+    /// A frame that cannot be written.
+    #[error("a control frame cannot be written: {0}")]
+    Unwritable(serde_json::Error),
     /// The bytes are not a frame of this protocol.
     #[error("malformed control frame of {length} bytes: {source}")]
     Malformed {
@@ -44,7 +52,7 @@ pub fn codec() -> LengthDelimitedCodec {
 pub fn encode<T: Serialize>(frame: &T) -> Result<Bytes, FrameError> {
     serde_json::to_vec(frame)
         .map(Bytes::from)
-        .map_err(|source| FrameError::Malformed { length: 0, source })
+        .map_err(FrameError::Unwritable)
 }
 
 /// Reads a frame's content.
@@ -247,7 +255,7 @@ pub enum FromWorker {
 /// From the master to a worker.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub enum FromMaster {
-    /// The answer to the hello: the state, and which store holds the messages.
+    /// The answer to the hello: the state.
     Welcome(Snapshot),
     /// The worker's protocol is not the master's.
     Mismatch {

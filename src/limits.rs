@@ -161,6 +161,27 @@ impl<K: Hash + Ord + Clone> KeyedBuckets<K> {
         Ok(())
     }
 
+    /// Gives back a token that was taken of `key`.
+    pub fn give_back(&mut self, key: &K, now: Instant) {
+        let Some(before) = self.full_at.get(key).copied() else {
+            return;
+        };
+        self.by_time.remove(&(before, key.clone()));
+        let earlier = self
+            .limit
+            .interval
+            .and_then(|interval| before.checked_sub(interval));
+        match earlier.filter(|full_at| *full_at > now) {
+            Some(full_at) => {
+                self.full_at.insert(key.clone(), full_at);
+                self.by_time.insert((full_at, key.clone()));
+            }
+            None => {
+                self.full_at.remove(key);
+            }
+        }
+    }
+
     /// How many buckets are kept.
     pub fn len(&self) -> usize {
         self.full_at.len()
@@ -194,6 +215,23 @@ impl<K: Hash + Ord + Clone> KeyedBuckets<K> {
 
 #[cfg(test)]
 mod tests {
+    #[test]
+    fn what_is_given_back_can_be_taken_again() {
+        let now = Instant::now();
+        let mut buckets = KeyedBuckets::new(Limit::new(1.0, 2), 8);
+        for _ in 0..2 {
+            assert_eq!(buckets.take(&"ann", now), Ok(()));
+        }
+        assert!(buckets.take(&"ann", now).is_err());
+        buckets.give_back(&"ann", now);
+        assert_eq!(buckets.take(&"ann", now), Ok(()));
+        assert!(buckets.take(&"ann", now).is_err());
+        for _ in 0..5 {
+            buckets.give_back(&"ann", now);
+        }
+        assert!(buckets.is_empty(), "never more than full");
+    }
+
     use proptest::prelude::*;
 
     use super::*;

@@ -22,24 +22,31 @@ pub async fn run(
             if gate.wait_for(|open| *open).await.is_err() {
                 return;
             }
-            // The place in the router's queue comes first, so that nothing is accepted that
-            // would have to wait here.
-            let Some(place) = router.reserve().await else {
-                return;
+            let accepted = tokio::select! {
+                biased;
+                closed = gate.wait_for(|open| !*open) => match closed {
+                    Ok(_) => continue,
+                    Err(_) => return,
+                },
+                accepted = listener.accept() => accepted,
             };
-            match listener.accept().await {
+            match accepted {
                 Ok((stream, peer)) => match stream.into_std() {
                     Ok(stream) => {
                         let client = routing::canonical(peer.ip());
                         let key = RoutingKey::of(client);
                         let stream = stream.into();
-                        place.send(Accepted {
+                        let since = Instant::now();
+                        let accepted = Accepted {
                             stream,
                             peer,
                             client,
                             key,
-                            since: Instant::now(),
-                        });
+                            since,
+                        };
+                        if router.route(accepted).await.is_none() {
+                            return;
+                        }
                     }
                     Err(error) => tracing::warn!(%error, "an accepted connection was lost"),
                 },

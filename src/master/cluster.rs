@@ -23,7 +23,7 @@ use crate::control::{
 };
 use crate::presence::{CatchUp, Event, Numbered};
 use crate::store::embedded::Embedded;
-use crate::store::{BusSink, remote};
+use crate::store::{BusSink, StoreError, remote};
 use crate::systemd;
 
 /// Frames waiting for one worker to read them.
@@ -278,6 +278,7 @@ impl Cluster {
                     unanswered: 0,
                 },
             );
+            self.settle_contests(&events);
         }
         self.write_roster();
         self.report_status();
@@ -298,6 +299,7 @@ impl Cluster {
         if let Some(registry) = &mut self.registry {
             let events = registry.worker_down(&origin, Now::read());
             self.publish(&events);
+            self.settle_contests(&events);
         }
         for contests in self.contests.values_mut() {
             contests.retain(|contest| contest.link != id);
@@ -408,6 +410,23 @@ impl Cluster {
                 }
             }
         }
+    }
+
+    /// The time of a contest is over: the name is the newcomer's only if it is free by now.
+    fn end_contest(&mut self, contest: Contest, now: Now) {
+        let Some(registry) = &mut self.registry else {
+            return;
+        };
+        let Some(member) = self.members.get(&contest.link) else {
+            return;
+        };
+        let (events, outcome) = registry.command(&member.link.origin, &contest.command, now);
+        self.publish(&events);
+        let reply = match outcome {
+            Outcome::Reply(reply) => reply,
+            Outcome::Contested { .. } => Reply::NameTaken,
+        };
+        self.reply(contest.link, contest.id, reply);
     }
 
     fn join_user(&mut self, link: u64, id: u64, user: String, channel: String) {
@@ -560,19 +579,13 @@ impl Cluster {
             self.publish(&events);
             self.settle_contests(&events);
         }
-        let mut refused = Vec::new();
-        self.contests.retain(|_, contests| {
-            contests.retain(|contest| {
-                let waits = contest.deadline > now.instant;
-                if !waits {
-                    refused.push((contest.link, contest.id));
-                }
-                waits
-            });
-            !contests.is_empty()
-        });
-        for (link, id) in refused {
-            self.reply(link, id, Reply::NameTaken);
+        let mut due = Vec::new();
+        for contests in self.contests.values_mut() {
+            due.extend(contests.extract_if(.., |contest| contest.deadline <= now.instant));
+        }
+        self.contests.retain(|_, contests| !contests.is_empty());
+        for contest in due {
+            self.end_contest(contest, now);
         }
         let late: Vec<u64> = self
             .attaches
@@ -688,9 +701,24 @@ async fn serve_stream(
     }
     let writing = async {
         while let Some(frame) = frames_rx.recv().await {
-            let Ok(bytes) = control::encode(&frame) else {
+            let Ok(mut bytes) = control::encode(&frame) else {
                 break;
             };
+            if let FromMaster::Store { id, .. } = frame
+                && bytes.len() > control::MAX_ANSWER
+            {
+                // The stream, and with it every session of the worker, is worth more.
+                tracing::warn!(bytes = bytes.len(), "an answer of the store is too large");
+                let error = StoreError::Unavailable("the answer is too large".to_owned());
+                let refusal = FromMaster::Store {
+                    id,
+                    result: Err(error),
+                };
+                match control::encode(&refusal) {
+                    Ok(refusal) => bytes = refusal,
+                    Err(_) => break,
+                }
+            }
             if writer.feed(bytes).await.is_err() {
                 break;
             }

@@ -1,7 +1,7 @@
 //! The registry's decisions: may this connection have the name, who is in which channel, when
 //! is a lost session over. No I/O and no clock of its own; [`super::cluster`] runs it.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::time::{Duration, Instant};
 
 use crate::control::{Command, Ending, Hello, Reply};
@@ -85,6 +85,7 @@ impl Registry {
             Some(replica) => (replica.position.epoch, replica.state.clone()),
             None => (0, State::default()),
         };
+        let claims: Vec<Claims<'_>> = hellos.iter().map(|hello| Claims::of(hello)).collect();
         let mut deadlines = HashMap::new();
         for worker in state.workers().keys().copied().collect::<Vec<_>>() {
             state.apply(&Event::WorkerDown { worker });
@@ -101,7 +102,7 @@ impl Registry {
             let Some(session) = state.session(&user) else {
                 continue;
             };
-            let claimed = hellos.iter().any(|hello| claims(hello, &user, session));
+            let claimed = claims.iter().any(|claims| claims.include(&user, session));
             if claimed {
                 state.apply(&Event::Reclaimed { user });
             } else {
@@ -167,7 +168,11 @@ impl Registry {
                 let generation = self.next_generation();
                 match self.state().session(user) {
                     // The same command again: its answer was lost on the way.
-                    Some(session) if session.owner.connection == *connection => {}
+                    Some(session) if session.owner.connection == *connection => {
+                        if session.lost {
+                            events.push(Event::Reclaimed { user: user.clone() });
+                        }
+                    }
                     None => {
                         let (user, at) = (user.clone(), now.millis);
                         events.push(Event::Connected {
@@ -299,10 +304,11 @@ impl Registry {
                 boot,
             });
         }
+        let claims = Claims::of(hello);
         let mut reclaimed = Vec::new();
         let mut missing = Vec::new();
         for (user, session) in self.state().sessions() {
-            if claims(hello, user, session) {
+            if claims.include(user, session) {
                 if session.lost {
                     reclaimed.push(user.to_owned());
                 }
@@ -405,14 +411,29 @@ impl Registry {
     }
 }
 
-/// Whether the worker that greets holds this session's connection.
-fn claims(hello: &Hello, user: &str, session: &Session) -> bool {
-    session.owner.worker == hello.worker
-        && session.owner.boot == hello.boot
-        && hello
+/// The sessions that a worker which greets says it holds.
+struct Claims<'a> {
+    hello: &'a Hello,
+    sessions: HashSet<(&'a str, u64)>,
+}
+
+impl<'a> Claims<'a> {
+    fn of(hello: &'a Hello) -> Self {
+        let sessions = hello
             .sessions
             .iter()
-            .any(|(u, g)| u == user && *g == session.owner.generation)
+            .map(|(user, generation)| (user.as_str(), *generation));
+        Self {
+            hello,
+            sessions: sessions.collect(),
+        }
+    }
+
+    fn include(&self, user: &str, session: &Session) -> bool {
+        session.owner.worker == self.hello.worker
+            && session.owner.boot == self.hello.boot
+            && self.sessions.contains(&(user, session.owner.generation))
+    }
 }
 
 /// Up to when a client whose worker died has received everything for certain. A connection is
@@ -531,6 +552,22 @@ mod tests {
             (events, again, registry.position()),
             (vec![], first, position)
         );
+    }
+
+    #[test]
+    fn a_connect_repeated_after_its_worker_was_lost_finds_its_session_alive() {
+        let mut registry = empty();
+        let (_, first) = registry.command(&origin(0), &connect("c1", None), now());
+        registry.worker_down(&origin(0), now());
+        registry.worker_up(&hello(0, None, &[]), now());
+        let (_, again) = registry.command(&origin(0), &connect("c1", None), now());
+        assert_eq!(generation(&again), generation(&first));
+        assert!(!registry.state().session("ann").unwrap().lost);
+        let late = Now {
+            instant: Instant::now() + GRACE * 2,
+            millis: 0,
+        };
+        assert_eq!(registry.expire(late), []);
     }
 
     #[test]

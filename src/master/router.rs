@@ -29,6 +29,9 @@ const ACCEPTED_QUEUE: usize = 4;
 /// Frames from workers on their way to the router.
 const FRAME_QUEUE: usize = 256;
 
+/// Accepted connections that may wait for an acknowledgement before no more are accepted.
+const WAITING: usize = 64;
+
 /// Refusals being written at once; more are closed without an answer.
 const REFUSALS: usize = 64;
 
@@ -71,21 +74,10 @@ pub struct RouterHandle {
     links: mpsc::Sender<FromLink>,
 }
 
-/// A place in the router's queue.
-#[derive(Debug)]
-pub struct Place<'a>(mpsc::Permit<'a, Accepted>);
-
-impl Place<'_> {
-    /// Routes a connection.
-    pub fn send(self, accepted: Accepted) {
-        self.0.send(accepted);
-    }
-}
-
 impl RouterHandle {
-    /// Waits until the router can take a connection; `None` once it has stopped.
-    pub async fn reserve(&self) -> Option<Place<'_>> {
-        self.accepted.reserve().await.ok().map(Place)
+    /// Routes a connection; `None` once the router has stopped.
+    pub async fn route(&self, accepted: Accepted) -> Option<()> {
+        self.accepted.send(accepted).await.ok()
     }
 }
 
@@ -197,8 +189,10 @@ struct Standing {
     state: WorkerState,
     /// Connections that it takes from anybody.
     window: u32,
-    /// Connections that it takes from addresses with living sessions on it.
+    /// More, that it takes from addresses with living sessions on it.
     reserve: u32,
+    /// It takes nothing from anybody, however many it acknowledges.
+    exhausted: bool,
     /// Not to be given anything now.
     passed_over: bool,
 }
@@ -219,6 +213,7 @@ fn choose(key: &RoutingKey, home: Option<u32>, standings: &[Standing]) -> Choice
     if let Some(home) = home
         && matches!(home.state, WorkerState::Serving | WorkerState::Full)
         && !home.passed_over
+        && !home.exhausted
     {
         return if home.window + home.reserve > 0 {
             Choice::Worker(home.worker)
@@ -385,6 +380,7 @@ impl Router {
                     reserve: (slot.credit.window + slot.credit.reserve)
                         .saturating_sub(outstanding)
                         .min(slot.credit.reserve),
+                    exhausted: slot.credit.window + slot.credit.reserve == 0,
                     passed_over: slot.silent || self.affinity.is_suspended(*worker),
                 }
             })
@@ -423,7 +419,7 @@ impl Router {
     }
 
     fn set_gate(&self) {
-        let open = self.waiting.is_empty() && {
+        let open = self.waiting.len() < WAITING && {
             let standings = self.standings();
             standings
                 .iter()
@@ -485,6 +481,7 @@ mod tests {
             state,
             window,
             reserve: 0,
+            exhausted: window == 0,
             passed_over: false,
         }
     }
@@ -527,6 +524,7 @@ mod tests {
                 let state = if worker == home { Full } else { Serving };
                 Standing {
                     reserve: 1,
+                    exhausted: false,
                     ..standing(worker, state, u32::from(state == Serving))
                 }
             });
@@ -536,8 +534,20 @@ mod tests {
 
     #[test]
     fn it_waits_for_its_worker_to_acknowledge_others() {
-        let all = [standing(0, Serving, 0), standing(1, Serving, 5)];
+        let busy = Standing {
+            exhausted: false,
+            ..standing(0, Serving, 0)
+        };
+        let all = [busy, standing(1, Serving, 5)];
         assert_eq!(choose(&key(1), Some(0), &all), Choice::Wait);
+    }
+
+    #[test]
+    fn an_address_whose_worker_has_used_up_its_reserve_keeps_nobody_waiting() {
+        let all = [standing(0, Full, 0), standing(1, Serving, 5)];
+        assert_eq!(choose(&key(1), Some(0), &all), Choice::Worker(1));
+        let all = [standing(0, Full, 0), standing(1, Full, 0)];
+        assert_eq!(choose(&key(1), Some(0), &all), Choice::Refuse);
     }
 
     #[test]

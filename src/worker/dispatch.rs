@@ -14,6 +14,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::feed::{Feed, Step};
 use super::link::{Identity, Link};
+use super::socket::events::Refusal;
 use super::socket::session::{self, JoinAnswer};
 use super::socket::wire::{self, Connection};
 use crate::control::{Command, Ending, FromMaster, FromWorker, JoinedElsewhere};
@@ -77,7 +78,7 @@ pub enum Attached {
     /// The feeds no longer hold everything after these ids, or the socket's buffer is full: read
     /// on from the store, and ask again.
     Again(Vec<(String, u64)>, Purpose),
-    /// The socket is gone.
+    /// Not any more: the socket is gone, or is a member no longer.
     Gone,
 }
 
@@ -100,7 +101,12 @@ pub enum Item {
     /// A socket asks for its name.
     Arrived(Local),
     /// A socket is gone.
-    Departed(Arc<str>),
+    Departed {
+        /// The socket.
+        connection: Arc<str>,
+        /// Of the session that it knew that it had; 0 if it knew of none.
+        generation: u64,
+    },
     /// Subscribe to a channel. The answer is its last id.
     Open {
         /// Key of the channel.
@@ -324,7 +330,20 @@ impl Loop {
                 };
                 self.seats.insert(seat.local.connection.clone(), seat);
             }
-            Item::Departed(connection) => self.departed(&connection),
+            Item::Departed {
+                connection,
+                generation: known,
+            } => {
+                let seat = self.seats.get(&connection);
+                let session =
+                    seat.and_then(|seat| Some((seat.local.user.clone(), seat.generation?)));
+                self.departed(&connection);
+                if let Some((user, generation)) = session
+                    && generation != known
+                {
+                    self.disown(user.to_string(), generation);
+                }
+            }
             Item::Open { channel, reply } => self.open(channel, reply),
             Item::Attach(attach) => self.attach(attach),
             Item::Subscribed { channel, result } => self.subscribed(&channel, result),
@@ -339,7 +358,7 @@ impl Loop {
                         self.step(&channel, step);
                     }
                     Err(error) => {
-                        tracing::warn!(channel, %error, "missing messages cannot be read yet");
+                        tracing::warn!(%error, "missing messages of a channel cannot be read yet");
                         room.feed.failed();
                     }
                 }
@@ -445,28 +464,37 @@ impl Loop {
         let notices = self.dispatch.replica.write().reset(snapshot);
         self.ready = true;
         self.announce(notices);
-        // Which of the sockets still have their sessions?
-        let stale: Vec<Arc<str>> = {
-            let replica = self.dispatch.replica.read();
-            let Some(state) = replica.state() else { return };
-            self.seats
-                .values()
-                .filter(|seat| {
-                    let Some(generation) = seat.generation else {
-                        return false;
-                    };
-                    state.session(&seat.local.user).is_none_or(|session| {
-                        session.owner.generation != generation
-                            || session.owner.boot != self.identity.boot
-                    })
-                })
-                .map(|seat| seat.local.connection.clone())
-                .collect()
-        };
+        let stale = self.reconcile();
         for connection in stale {
             self.evict(&connection, "its session ended while the master was away");
         }
         self.unpark();
+    }
+
+    /// Gives sockets the sessions that they have by the state, of which the events were not seen,
+    /// and returns those that have none any more.
+    fn reconcile(&mut self) -> Vec<Arc<str>> {
+        let replica = self.dispatch.replica.read();
+        let Some(state) = replica.state() else {
+            return Vec::new();
+        };
+        let mut stale = Vec::new();
+        for (connection, seat) in &mut self.seats {
+            let owner = state
+                .session(&seat.local.user)
+                .map(|session| &session.owner);
+            match owner {
+                Some(owner) if *owner.connection == **connection => {
+                    seat.generation = Some(owner.generation);
+                    self.users
+                        .insert(seat.local.user.clone(), connection.clone());
+                }
+                // One without a session may be waiting for it.
+                _ if seat.generation.is_some() => stale.push(connection.clone()),
+                _ => {}
+            }
+        }
+        stale
     }
 
     /// Keeps the sockets in step with an event that has just been applied.
@@ -726,7 +754,7 @@ impl Loop {
                 self.step(channel, step);
             }
             Err(error) => {
-                tracing::warn!(channel, %error, "subscribing failed: trying again");
+                tracing::warn!(%error, "subscribing to a channel failed: trying again");
                 room.subscription = Subscription::Absent;
                 for reply in room.opening.drain(..) {
                     let _ = reply.send(Err(error.clone()));
@@ -756,8 +784,25 @@ impl Loop {
             purpose,
             outcome,
         } = attach;
-        let Some(seat) = self.seats.get(&connection) else {
-            // The session ends by itself.
+        // Between the registry's decision and this the user may have left, or lost the session.
+        let seat = self.seats.get(&connection);
+        if let Some(seat) = seat {
+            let is_in = |channel: &str| {
+                let state = self.dispatch.with_state(|state| {
+                    state.session(&seat.local.user).is_some_and(|session| {
+                        Some(session.owner.generation) == seat.generation
+                            && session.channels.contains_key(channel)
+                    })
+                });
+                state == Some(true)
+            };
+            channels.retain(|(channel, _)| is_in(channel));
+        }
+        let (Some(seat), false) = (seat, channels.is_empty()) else {
+            if let (Some(seat), Purpose::Join(answer)) = (seat, purpose) {
+                answer.refuse(&seat.local.wire, &Refusal::not_joined());
+            }
+            // The session may have ended by itself.
             let _ = outcome.send(Attached::Gone);
             return;
         };
@@ -781,7 +826,7 @@ impl Loop {
                 let missed: Vec<_> = room.feed.after(*id).cloned().collect();
                 let fresh = answer.fresh();
                 let online = self.dispatch.online(channel);
-                answer.send(&missed, room.feed.tip().max(*id), online);
+                answer.send(&seat.local.wire, &missed, room.feed.tip().max(*id), online);
                 if fresh {
                     let data = json!({ "username": &*seat.local.user, "channel": channel });
                     seat.local.wire.emit("user : joined", &data);
@@ -852,7 +897,7 @@ impl Loop {
                     tokio::spawn(async move {
                         if let Err(error) = store.unsubscribe(&channel).await {
                             // At worst the bus delivers what nobody hears.
-                            tracing::debug!(channel, %error, "unsubscribing failed");
+                            tracing::debug!(%error, "unsubscribing from a channel failed");
                         }
                         dispatch.send(Item::Unsubscribed { channel }).await;
                     });

@@ -8,12 +8,14 @@ use std::sync::Arc;
 
 use crate::store::{Message, PAGE_LIMIT, Page};
 
-/// Messages kept for sockets that come back.
+/// Messages kept for sockets that come back, and their bytes; at least one is kept.
 const RING: usize = 256;
+const RING_BYTES: usize = 1024 * 1024;
 
-/// Messages that arrived early and wait for what is missing before them. More are dropped: they
-/// are in the store.
+/// Messages that arrived early and wait for what is missing before them, and their bytes. More
+/// are dropped: they are in the store.
 const HELD: usize = 1024;
+const HELD_BYTES: usize = 1024 * 1024;
 
 /// What a feed asks for.
 #[derive(Debug, Default)]
@@ -31,10 +33,12 @@ pub struct Feed {
     tip: u64,
     /// The last messages, ids increasing, up to `tip`.
     ring: VecDeque<Arc<Message>>,
+    ring_bytes: usize,
     /// Ids above this one, up to `tip`, are in the ring or do not exist.
     base: u64,
     /// Arrived early.
     held: BTreeMap<u64, Message>,
+    held_bytes: usize,
     /// Whether the subscription has begun; before that, the tip means nothing.
     begun: bool,
     /// Whether a read from the store is under way.
@@ -63,8 +67,16 @@ impl Feed {
 
     /// A message arrived.
     pub fn offer(&mut self, message: Message) -> Step {
-        if (!self.begun || message.id > self.tip) && self.held.len() < HELD {
-            self.held.insert(message.id, message);
+        if !self.begun || message.id > self.tip {
+            // Also where it is dropped: that it exists must not be forgotten.
+            self.known = self.known.max(message.id);
+            let bytes = size(&message);
+            let room = self.held.len() < HELD && self.held_bytes + bytes <= HELD_BYTES;
+            let next = self.begun && message.id == self.tip + 1;
+            if (room || next) && !self.held.contains_key(&message.id) {
+                self.held_bytes += bytes;
+                self.held.insert(message.id, message);
+            }
         }
         self.advance()
     }
@@ -121,6 +133,7 @@ impl Feed {
                 break;
             }
             let message = entry.remove();
+            self.held_bytes -= size(&message);
             if message.id > self.tip {
                 self.keep(message, &mut step.deliver);
             }
@@ -134,15 +147,22 @@ impl Feed {
 
     fn keep(&mut self, message: Message, deliver: &mut Vec<Arc<Message>>) {
         self.tip = message.id;
-        if self.ring.len() == RING
+        self.ring_bytes += size(&message);
+        while (self.ring.len() >= RING || self.ring_bytes > RING_BYTES)
             && let Some(oldest) = self.ring.pop_front()
         {
+            self.ring_bytes -= size(&oldest);
             self.base = oldest.id;
         }
         let message = Arc::new(message);
         self.ring.push_back(message.clone());
         deliver.push(message);
     }
+}
+
+/// Bytes of a message, roughly.
+fn size(message: &Message) -> usize {
+    message.event.get().len() + message.user.len() + message.sender.len()
 }
 
 #[cfg(test)]
@@ -257,6 +277,29 @@ mod tests {
         let step = feed.subscribed(5);
         assert_eq!(step.deliver.iter().map(|m| m.id).collect::<Vec<_>>(), [6]);
         assert_eq!(step.read_after, None);
+    }
+
+    #[test]
+    fn large_messages_are_bounded_by_their_bytes() {
+        let large = |id| Message {
+            event: RawValue::from_string(format!("\"{}\"", "x".repeat(300_000))).unwrap(),
+            ..message(id)
+        };
+        let mut feed = Feed::default();
+        feed.subscribed(0);
+        for id in 1..=10 {
+            let step = feed.offer(large(id));
+            assert_eq!(step.deliver.len(), 1, "every one is delivered");
+        }
+        assert!(feed.covers(7) && !feed.covers(6));
+        for id in 12..=20 {
+            assert!(feed.offer(large(id)).deliver.is_empty());
+        }
+        assert!(feed.held.len() <= 3, "{}", feed.held.len());
+        let messages = (11..=20).map(large).collect();
+        let step = feed.mend(Page { messages, last: 20 });
+        assert_eq!((step.deliver.len(), feed.tip()), (10, 20));
+        assert_eq!(feed.held_bytes, 0);
     }
 
     #[test]

@@ -2,7 +2,6 @@
 
 use std::any::Any;
 use std::collections::HashMap;
-use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -24,6 +23,7 @@ use super::transport::{Handle, Transport};
 use crate::handoff::{
     self, Credit, HandoffError, MAX_RESERVE, MAX_WINDOW, Offer, ToMaster, WorkerEnd, WorkerState,
 };
+use crate::routing::RoutingKey;
 
 /// How long a client may take for the head of a request, also between two requests.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(20);
@@ -85,13 +85,13 @@ pub struct Connections {
 struct Open {
     next: u64,
     handles: HashMap<u64, Arc<Handle>>,
-    by_address: HashMap<IpAddr, u32>,
+    by_address: HashMap<RoutingKey, u32>,
 }
 
 /// Kept by a connection's stream: its place is free when that is dropped.
 struct Place {
     id: u64,
-    client: IpAddr,
+    address: RoutingKey,
     connections: Arc<Connections>,
 }
 
@@ -99,10 +99,10 @@ impl Drop for Place {
     fn drop(&mut self) {
         let mut open = self.connections.open.lock();
         open.handles.remove(&self.id);
-        if let Some(count) = open.by_address.get_mut(&self.client) {
+        if let Some(count) = open.by_address.get_mut(&self.address) {
             *count -= 1;
             if *count == 0 {
-                open.by_address.remove(&self.client);
+                open.by_address.remove(&self.address);
             }
         }
         self.connections.count.send_replace(len(&open));
@@ -127,16 +127,16 @@ impl Connections {
         let mut open = self.open.lock();
         let id = open.next;
         open.next += 1;
-        let client = handle.client();
+        let address = RoutingKey::of(handle.client());
         open.handles.insert(id, handle);
-        let count = open.by_address.entry(client).or_default();
+        let count = open.by_address.entry(address).or_default();
         *count += 1;
         let of_address = *count;
         self.count.send_replace(len(&open));
         (
             Place {
                 id,
-                client,
+                address,
                 connections: self.clone(),
             },
             of_address,

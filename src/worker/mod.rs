@@ -28,12 +28,14 @@ use tokio_util::task::TaskTracker;
 
 use crate::ConfigError;
 use crate::cli::{LimitArgs, WorkerArgs};
+use crate::limits::KeyedBuckets;
 use crate::secret::JwtSecret;
 use crate::store::Store;
 use crate::store::remote::ControlStore;
 use crate::systemd;
 use dispatch::Dispatch;
 use http::accounts::Attempts;
+use http::channels;
 use http::error::ApiError;
 use http::token::{Caller, Tokens};
 use link::{Identity, Link};
@@ -60,7 +62,9 @@ pub struct App {
     /// Hashes passwords.
     pub passwords: Passwords,
     /// How often somebody failed to log in.
-    pub attempts: Mutex<Attempts>,
+    pub attempts: Attempts,
+    /// How many channels somebody created.
+    pub creations: Mutex<KeyedBuckets<String>>,
     /// Engine.IO sessions.
     pub sessions: Sessions,
     serial: AtomicU64,
@@ -136,7 +140,8 @@ pub async fn run(args: WorkerArgs) -> anyhow::Result<()> {
         dispatch: dispatch.clone(),
         tokens: Tokens::new(&secret),
         passwords: Passwords::new()?,
-        attempts: Mutex::new(Attempts::new(args.limits.auth_rate)),
+        attempts: Attempts::new(args.limits.auth_rate),
+        creations: Mutex::new(channels::creations(args.limits.post_rate)),
         sessions: Sessions::default(),
         serial: AtomicU64::new(0),
     });

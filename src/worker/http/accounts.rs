@@ -1,12 +1,16 @@
 //! `POST /auth/register` and `POST /auth/login`.
 
+use std::collections::HashMap;
 use std::net::IpAddr;
+use std::pin::pin;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use axum::extract::State;
 use axum::{Extension, Json};
 use http::StatusCode;
+use parking_lot::Mutex;
+use tokio::sync::Notify;
 
 use super::body::Fields;
 use super::error::ApiError;
@@ -27,24 +31,114 @@ const PASSWORD_MAX: usize = 1024;
 /// Addresses and names whose attempts are remembered.
 const REMEMBERED: usize = 65_536;
 
+/// How long a login waits for others from its address, while these use up what may fail.
+const PATIENCE: Duration = Duration::from_secs(10);
+
 /// How often somebody may fail.
 pub struct Attempts {
+    buckets: Mutex<Buckets>,
+    /// Told whenever a login is decided.
+    decided: Notify,
+}
+
+struct Buckets {
     by_address: KeyedBuckets<RoutingKey>,
     by_name: KeyedBuckets<String>,
+    /// Logins under way: each may still succeed and give back what it took.
+    undecided: HashMap<RoutingKey, u32>,
+}
+
+/// A login under way.
+struct Attempt<'a> {
+    attempts: &'a Attempts,
+    address: RoutingKey,
+    name: String,
+    failed: bool,
 }
 
 impl Attempts {
     /// `per_minute` registrations and failed logins, and as many at once; 0: no limit.
     pub fn new(per_minute: u32) -> Self {
-        let limit = if per_minute == 0 {
-            Limit::UNLIMITED
-        } else {
-            Limit::new(f64::from(per_minute) / 60.0, per_minute)
-        };
+        let limit = Limit::new(f64::from(per_minute) / 60.0, per_minute);
         Self {
-            by_address: KeyedBuckets::new(limit, REMEMBERED),
-            by_name: KeyedBuckets::new(limit, REMEMBERED),
+            buckets: Mutex::new(Buckets {
+                by_address: KeyedBuckets::new(limit, REMEMBERED),
+                by_name: KeyedBuckets::new(limit, REMEMBERED),
+                undecided: HashMap::new(),
+            }),
+            decided: Notify::new(),
         }
+    }
+
+    /// Counts a registration.
+    fn register(&self, address: RoutingKey) -> Result<(), ApiError> {
+        let mut buckets = self.buckets.lock();
+        let taken = buckets.by_address.take(&address, Instant::now());
+        taken.map_err(ApiError::too_many)
+    }
+
+    /// Begins a login: takes beforehand what it costs to fail, so that many at once do not slip
+    /// through together. Where others from the address hold all of it, it waits for them: they
+    /// may be an office that comes to work.
+    async fn begin(&self, client: IpAddr, name: &str) -> Result<Attempt<'_>, ApiError> {
+        let address = RoutingKey::of(client);
+        let deadline = tokio::time::Instant::now() + PATIENCE;
+        loop {
+            let mut decided = pin!(self.decided.notified());
+            decided.as_mut().enable();
+            let after = match self.buckets.lock().begin(address, name) {
+                Ok(()) => break,
+                Err((after, false)) => return Err(ApiError::too_many(after)),
+                Err((after, true)) => after,
+            };
+            if tokio::time::timeout_at(deadline, decided).await.is_err() {
+                return Err(ApiError::too_many(after));
+            }
+        }
+        let name = name.to_owned();
+        Ok(Attempt {
+            attempts: self,
+            address,
+            name,
+            failed: false,
+        })
+    }
+}
+
+impl Buckets {
+    /// Takes what a failure costs; otherwise says when to try again, and whether one that is
+    /// under way may give something back before.
+    fn begin(&mut self, address: RoutingKey, name: &str) -> Result<(), (Duration, bool)> {
+        let now = Instant::now();
+        let undecided = self.undecided.contains_key(&address);
+        self.by_address
+            .take(&address, now)
+            .map_err(|after| (after, undecided))?;
+        if let Err(after) = self.by_name.take(&name.to_owned(), now) {
+            self.by_address.give_back(&address, now);
+            return Err((after, false));
+        }
+        *self.undecided.entry(address).or_default() += 1;
+        Ok(())
+    }
+}
+
+impl Drop for Attempt<'_> {
+    fn drop(&mut self) {
+        let mut buckets = self.attempts.buckets.lock();
+        if let Some(count) = buckets.undecided.get_mut(&self.address) {
+            *count -= 1;
+            if *count == 0 {
+                buckets.undecided.remove(&self.address);
+            }
+        }
+        if !self.failed {
+            let now = Instant::now();
+            buckets.by_address.give_back(&self.address, now);
+            buckets.by_name.give_back(&self.name, now);
+        }
+        drop(buckets);
+        self.attempts.decided.notify_waiters();
     }
 }
 
@@ -57,12 +151,7 @@ pub async fn register(
     let (name, password) = credentials(&fields)?;
     check_name(name)?;
     check_password(password)?;
-    let address = RoutingKey::of(connection.client());
-    app.attempts
-        .lock()
-        .by_address
-        .take(&address, Instant::now())
-        .map_err(ApiError::too_many)?;
+    app.attempts.register(RoutingKey::of(connection.client()))?;
     // Saves the hashing; the store decides.
     if app.store.user(name).await?.is_some() {
         return Err(exists());
@@ -90,7 +179,7 @@ pub async fn login(
 ) -> Result<Json<Issued>, ApiError> {
     let (name, password) = credentials(&fields)?;
     let client = connection.client();
-    check_attempts(&app, client, name)?;
+    let mut attempt = app.attempts.begin(client, name).await?;
     let user = match check_name(name) {
         Ok(()) => app.store.user(name).await?,
         // No such account can exist.
@@ -100,23 +189,9 @@ pub async fn login(
     if app.passwords.verify(password.to_owned(), hash).await? {
         return app.tokens.issue(name).map(Json);
     }
+    attempt.failed = true;
     tracing::info!(event = "login_failed", %client, "wrong name or password");
-    let now = Instant::now();
-    let mut attempts = app.attempts.lock();
-    // Checked above: an empty bucket refuses the next attempt, not this one.
-    let _ = attempts.by_address.take(&RoutingKey::of(client), now);
-    let _ = attempts.by_name.take(&name.to_owned(), now);
     Err(ApiError::unauthorized("Wrong name or password"))
-}
-
-fn check_attempts(app: &App, client: IpAddr, name: &str) -> Result<(), ApiError> {
-    let now = Instant::now();
-    let attempts = app.attempts.lock();
-    attempts
-        .by_address
-        .check(&RoutingKey::of(client), now)
-        .and_then(|()| attempts.by_name.check(&name.to_owned(), now))
-        .map_err(ApiError::too_many)
 }
 
 fn credentials(fields: &Fields) -> Result<(&str, &str), ApiError> {

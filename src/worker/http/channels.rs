@@ -1,6 +1,7 @@
 //! `GET` and `POST /channels`, `POST /channels/KEY/join`.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use axum::Json;
 use axum::extract::rejection::PathRejection;
@@ -15,6 +16,7 @@ use super::error::ApiError;
 use super::messages;
 use super::token::Caller;
 use crate::control::JoinedElsewhere;
+use crate::limits::{KeyedBuckets, Limit};
 use crate::presence::Status;
 use crate::store::{Channel, Message, Range};
 use crate::worker::App;
@@ -25,6 +27,16 @@ const NAME_MAX: usize = 64;
 const KEY_MAX: usize = 128;
 /// Messages that somebody who joins gets.
 pub const HISTORY: u64 = 25;
+
+/// People whose creations are remembered.
+const CREATORS: usize = 65_536;
+
+/// How many channels somebody may create: a twentieth of the posts that are allowed, for they
+/// stay, and everybody sees them.
+pub fn creations(post_rate: u32) -> KeyedBuckets<String> {
+    let limit = Limit::new(f64::from(post_rate) / 20.0, post_rate.saturating_mul(3));
+    KeyedBuckets::new(limit, CREATORS)
+}
 
 /// A public channel, as the list shows it.
 #[derive(Debug, Serialize)]
@@ -112,6 +124,10 @@ pub async fn create(
             "The channel name is too long. (max {NAME_MAX}. characters)"
         )));
     }
+    app.creations
+        .lock()
+        .take(&caller.name, Instant::now())
+        .map_err(ApiError::too_many)?;
     let key = BASE64_URL_SAFE_NO_PAD.encode(rand::random::<[u8; 32]>());
     let name = name.to_owned();
     app.store

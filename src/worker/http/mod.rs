@@ -13,10 +13,11 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::extract::{DefaultBodyLimit, Request};
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse as _, Response};
 use axum::routing::{any, get, post};
-use http::{HeaderName, Method, StatusCode, header};
+use http::{HeaderName, Method, header};
 use tower_http::cors::{AllowOrigin, Any, CorsLayer};
-use tower_http::timeout::TimeoutLayer;
 
 use super::App;
 use super::socket;
@@ -46,10 +47,7 @@ pub fn router(app: Arc<App>) -> Router {
         .fallback(async || ApiError::not_found())
         .method_not_allowed_fallback(async || ApiError::method_not_allowed())
         .layer(DefaultBodyLimit::max(MAX_BODY))
-        .layer(TimeoutLayer::with_status_code(
-            StatusCode::REQUEST_TIMEOUT,
-            TIMEOUT,
-        ))
+        .layer(middleware::from_fn(bound_in_time))
         .layer(
             CorsLayer::new()
                 .allow_origin(Any)
@@ -79,4 +77,12 @@ pub fn router(app: Arc<App>) -> Router {
         .layer(DefaultBodyLimit::disable())
         .layer(cors);
     rest.with_state(app).merge(socket_io)
+}
+
+/// Refuses a request that takes too long, as a rule because its body does.
+async fn bound_in_time(request: Request, next: Next) -> Response {
+    match tokio::time::timeout(TIMEOUT, next.run(request)).await {
+        Ok(response) => response,
+        Err(_) => ApiError::timeout().into_response(),
+    }
 }

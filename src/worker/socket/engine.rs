@@ -63,6 +63,10 @@ pub struct EngineSession {
     websocket: Mutex<Option<Arc<Handle>>>,
     /// Bytes of answers to polls.
     polled: AtomicU64,
+    /// Polls begun.
+    polls: AtomicU64,
+    /// The connection of the poll that waits for an answer.
+    poll: Mutex<Option<Arc<Handle>>>,
     /// Heartbeats that came by polling.
     heartbeats: Heartbeats,
     /// Which client's way of encoding text the session has shown (Engine.IO 3).
@@ -78,6 +82,8 @@ impl EngineSession {
             killed: CancellationToken::new(),
             websocket: Mutex::new(None),
             polled: AtomicU64::new(0),
+            polls: AtomicU64::new(0),
+            poll: Mutex::new(None),
             heartbeats: Heartbeats::new(),
             utf8: Mutex::new(Utf8Mode::default()),
             admission: Mutex::new(None),
@@ -113,6 +119,30 @@ impl EngineSession {
         self.websocket.lock().clone()
     }
 
+    /// Probes the connection of the poll that waits, if one does. Returns how many polls there
+    /// have been.
+    pub fn probe_poll(&self) -> u64 {
+        let poll = self.poll.lock().clone();
+        if let Some(handle) = poll
+            && let Err(error) = handle.probe()
+        {
+            tracing::debug!(%error, "probing failed");
+        }
+        self.polls.load(Ordering::Acquire)
+    }
+
+    /// Whether no poll waits, and none has begun since there were so many.
+    pub fn is_without_poll_since(&self, polls: u64) -> bool {
+        self.poll.lock().is_none() && self.polls.load(Ordering::Acquire) == polls
+    }
+
+    /// Notes a poll until the guard is dropped: answered, or its connection gone.
+    fn begin_poll(&self, handle: Option<Arc<Handle>>) -> PollGuard<'_> {
+        self.polls.fetch_add(1, Ordering::AcqRel);
+        *self.poll.lock() = handle;
+        PollGuard(self)
+    }
+
     /// Bytes that left for the client.
     pub fn bytes_written(&self) -> u64 {
         let websocket = self
@@ -131,6 +161,15 @@ impl EngineSession {
             .as_ref()
             .and_then(|h| h.confirmed_until());
         websocket.max(self.heartbeats.confirmed_until())
+    }
+}
+
+/// A poll that waits for its answer.
+struct PollGuard<'a>(&'a EngineSession);
+
+impl Drop for PollGuard<'_> {
+    fn drop(&mut self) {
+        *self.0.poll.lock() = None;
     }
 }
 
@@ -275,8 +314,11 @@ async fn exchange(
         return Ok(unknown_session());
     }
     if websocket {
-        *session.websocket.lock() = handle;
-        return Ok(call(inner, request).await);
+        let response = call(inner, request).await;
+        if response.status() == StatusCode::SWITCHING_PROTOCOLS {
+            *session.websocket.lock() = handle;
+        }
+        return Ok(response);
     }
     match *request.method() {
         Method::POST => {
@@ -284,9 +326,13 @@ async fn exchange(
             Ok(call(inner, request).await)
         }
         Method::GET => {
+            let _poll = session.begin_poll(handle);
             let response = tokio::select! {
-                response = call(inner, request) => response,
+                // First: a session that was killed also has a packet that tells the client not
+                // to come back.
+                biased;
                 () = session.killed.cancelled() => return Ok(unknown_session()),
+                response = call(inner, request) => response,
             };
             answer_poll(&session, revision, response).await
         }

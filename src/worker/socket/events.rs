@@ -4,13 +4,15 @@ use std::time::Duration;
 
 use serde::Serialize;
 use serde_json::{Map, Value, json};
-use socketioxide::extract::AckSender;
 
 use super::engine::Params;
 use crate::presence::Status;
 use crate::store::StoreError;
 use crate::worker::http::channels::is_channel_key;
 use crate::worker::link::Away;
+
+/// Bytes of an event's name; no event that there is has so many.
+pub const NAME_MAX: usize = 64;
 
 /// Bytes of a nonce.
 const NONCE_MAX: usize = 64;
@@ -112,8 +114,8 @@ impl From<Away> for Refusal {
     }
 }
 
-/// Bytes that a payload takes in a queue, roughly: what is nested counts by its nodes and texts.
-pub fn size(data: Option<&Value>) -> u32 {
+/// Bytes that an event takes in a queue, roughly: what is nested counts by its nodes and texts.
+pub fn size(name: &str, data: Option<&Value>) -> u32 {
     fn of(value: &Value) -> usize {
         const NODE: usize = 32;
         NODE + match value {
@@ -123,7 +125,8 @@ pub fn size(data: Option<&Value>) -> u32 {
             Value::Null | Value::Bool(_) | Value::Number(_) => 0,
         }
     }
-    data.map_or(0, |value| u32::try_from(of(value)).unwrap_or(u32::MAX))
+    let bytes = name.len() + data.map_or(0, of) + 64;
+    u32::try_from(bytes).unwrap_or(u32::MAX)
 }
 
 /// More events at once than a session keeps.
@@ -131,16 +134,9 @@ pub fn overrun() -> Refusal {
     Refusal::rate_limited(Duration::from_secs(1))
 }
 
-/// Answers with a refusal. A client that asked for no answer gets none.
-pub fn refuse(ack: AckSender, refusal: &Refusal) {
-    acknowledge(ack, refusal);
-}
-
-/// Answers an event. If the client's buffer is full, it is about to be closed for that.
-pub fn acknowledge<T: Serialize + ?Sized>(ack: AckSender, answer: &T) {
-    if let Err(error) = ack.send(answer) {
-        tracing::debug!(%error, "an answer could not be sent");
-    }
+/// There is no such event.
+pub fn unknown(name: &str) -> Refusal {
+    Refusal::bad_payload(format!("There is no event {name:.NAME_MAX$}"))
 }
 
 /// What a client presents when it connects.

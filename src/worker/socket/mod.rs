@@ -20,7 +20,7 @@ use serde_json::Value;
 use socketioxide::extract::{AckSender, Event, SocketRef, TryData};
 use socketioxide::handler::ConnectHandler as _;
 use socketioxide::socket::DisconnectReason;
-use socketioxide::{ProtocolVersion, SocketIo, TransportType};
+use socketioxide::{ProtocolVersion, SocketIo};
 use tokio::sync::{Semaphore, mpsc};
 
 use super::App;
@@ -91,10 +91,13 @@ async fn admit(app: Arc<App>, socket: SocketRef, auth: Option<Value>) -> Result<
         .as_ref()
         .map(|handle| handle.client())
         .ok_or_else(ApiError::internal)?;
-    let websocket = handle.filter(|_| socket.transport_type() == TransportType::Websocket);
+    let params = engine::params(&parts.uri);
+    // The connection of the first request is the session's own only if that asked for it; a poll's
+    // is not, also where the session has been upgraded meanwhile.
+    let websocket = handle.filter(|_| params.transport.as_deref() == Some("websocket"));
     let engine = app.sessions.connected(&socket.id.to_string(), websocket);
     let opened_by = parts.extensions.get::<OpenedBy>().cloned();
-    let credentials = Credentials::of(&engine::params(&parts.uri), auth.as_ref());
+    let credentials = Credentials::of(&params, auth.as_ref());
     let caller: Result<Caller, ApiError> = match (opened_by, &credentials.token) {
         (Some(OpenedBy(caller)), _) => Ok(caller),
         (None, Some(token)) => app.authenticate(token).await,
@@ -119,11 +122,10 @@ async fn admit(app: Arc<App>, socket: SocketRef, auth: Option<Value>) -> Result<
     socket.on_fallback(
         move |Event(name): Event, TryData(data): TryData<Value>, ack: AckSender| {
             let data = data.ok();
-            let refused = match room
-                .clone()
-                .try_acquire_many_owned(events::size(data.as_ref()))
-            {
-                Err(_) => Some(ack),
+            let size = events::size(&name, data.as_ref());
+            let refused = match room.clone().try_acquire_many_owned(size) {
+                _ if name.len() > events::NAME_MAX => Some((ack, events::unknown(&name))),
+                Err(_) => Some((ack, events::overrun())),
                 Ok(held) => {
                     let event = Input::Event {
                         name,
@@ -132,13 +134,15 @@ async fn admit(app: Arc<App>, socket: SocketRef, auth: Option<Value>) -> Result<
                         held,
                     };
                     match events.try_send(event).map_err(|error| error.into_inner()) {
-                        Err(Input::Event { ack, .. }) => Some(ack),
+                        Err(Input::Event { ack, .. }) => Some((ack, events::overrun())),
                         _ => None,
                     }
                 }
             };
-            if let Some(ack) = refused {
-                events::refuse(ack, &events::overrun());
+            if let Some((ack, refusal)) = refused
+                && let Err(error) = ack.send(&refusal)
+            {
+                tracing::debug!(%error, "a refusal could not be sent");
             }
             std::future::ready(())
         },

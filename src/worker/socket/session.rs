@@ -3,7 +3,7 @@
 //! It asks the registry for the name, gives a client that comes back what it missed, and then
 //! handles its events one after the other, so that their order holds.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -16,8 +16,8 @@ use socketioxide::extract::AckSender;
 use socketioxide::socket::DisconnectReason;
 use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 
-use super::events::{Credentials, Payload, Refusal, acknowledge, nothing, refuse};
-use super::wire::Connection;
+use super::events::{self, Code, Credentials, Payload, Refusal, nothing};
+use super::wire::{Connection, SMALL_EVENT};
 use crate::control::{Command, Ending, FromWorker, JoinedElsewhere, Reply};
 use crate::limits::{Bucket, Limit};
 use crate::presence::Status;
@@ -30,12 +30,15 @@ use crate::worker::http::messages;
 use crate::worker::http::token::Caller;
 use crate::worker::link::{Away, Link};
 
-/// How long a replay waits for a client that does not read.
+/// How long a replay waits for a client that reads nothing at all.
 const REPLAY_PATIENCE: Duration = Duration::from_secs(30);
 
 /// How long a replay waits before it looks again whether the socket's buffer has room. The
 /// engine tells nobody.
 const REPLAY_PAUSE: Duration = Duration::from_millis(10);
+
+/// Bytes of the messages in an answer to a join; the oldest are left out, and `more` says so.
+const ANSWER_BYTES: usize = 1024 * 1024;
 
 /// How often a join reads on before it gives up: each time the feed moved on meanwhile.
 const ATTEMPTS: usize = 20;
@@ -112,34 +115,58 @@ impl JoinAnswer {
     }
 
     /// Sends it, with the messages that the feed had beyond the history.
-    pub fn send(self, missed: &[Arc<Message>], last: u64, online: Vec<(String, Status)>) {
+    pub fn send(
+        self,
+        wire: &Connection,
+        missed: &[Arc<Message>],
+        last: u64,
+        online: Vec<(String, Status)>,
+    ) {
         let mut messages = self.history;
         messages.extend(missed.iter().map(|message| Message::clone(message)));
-        let surplus = messages.len().saturating_sub(self.most);
+        let kept = messages
+            .iter()
+            .rev()
+            .scan(0, |bytes, message| {
+                *bytes += message.event.get().len();
+                Some(*bytes)
+            })
+            .take(self.most)
+            .enumerate()
+            .take_while(|(n, bytes)| *n == 0 || *bytes <= ANSWER_BYTES)
+            .count();
+        let surplus = messages.len() - kept;
         messages.drain(..surplus);
         match self.to {
-            AnswerTo::Client(ack) => acknowledge(
-                ack,
-                &Joined {
+            AnswerTo::Client(ack) => {
+                let answer = Joined {
                     messages: messages::as_strings(&messages),
                     online_users: Member::list(online),
                     last,
                     more: self.more || (self.missed && surplus > 0),
                     reset: self.reset,
-                },
-            ),
+                };
+                let members = answer.online_users.len() as u64 * SMALL_EVENT;
+                let texts: usize = answer.messages.iter().map(String::len).sum();
+                wire.acknowledge(ack, &answer, members + texts as u64);
+            }
             AnswerTo::Master { id, link } => {
                 let outcome = JoinedElsewhere::Joined { messages, online };
                 link.tell(FromWorker::Attached { id, outcome });
             }
         }
     }
+
+    /// Answers that nobody was put anywhere.
+    pub fn refuse(self, wire: &Connection, refusal: &Refusal) {
+        self.to.refuse(wire, refusal);
+    }
 }
 
 impl AnswerTo {
-    fn refuse(self, refusal: &Refusal) {
+    fn refuse(self, wire: &Connection, refusal: &Refusal) {
         match self {
-            Self::Client(ack) => refuse(ack, refusal),
+            Self::Client(ack) => wire.acknowledge(ack, refusal, SMALL_EVENT),
             Self::Master { id, link } => {
                 let outcome = JoinedElsewhere::Unavailable;
                 link.tell(FromWorker::Attached { id, outcome });
@@ -161,8 +188,8 @@ pub struct Session {
     /// Up to when the client has everything, as far as was known when it connected: Unix time,
     /// milliseconds.
     confirmed: i64,
-    /// The channels that it is in.
-    joined: HashSet<String>,
+    /// Whether a client that came back has been given everything that it missed.
+    caught_up: bool,
     posts: Bucket,
     /// Everything else that the registry or the store has work with.
     requests: Bucket,
@@ -192,11 +219,7 @@ impl Session {
         inputs: (mpsc::Sender<Input>, mpsc::Receiver<Input>),
     ) -> Self {
         let rate = app.limits.post_rate;
-        let limit = if rate == 0 {
-            Limit::UNLIMITED
-        } else {
-            Limit::new(f64::from(rate), rate.saturating_mul(3))
-        };
+        let limit = Limit::new(f64::from(rate), rate.saturating_mul(3));
         let connection = app.next_connection();
         Self {
             app,
@@ -207,7 +230,7 @@ impl Session {
             inputs,
             generation: 0,
             confirmed: 0,
-            joined: HashSet::new(),
+            caught_up: false,
             posts: Bucket::new(limit),
             requests: Bucket::new(limit),
             typing: Bucket::new(Limit::new(TYPING.0, TYPING.1)),
@@ -232,9 +255,10 @@ impl Session {
                 channels,
                 secret,
             } => {
-                if self.welcome(resumed, channels, secret).await.is_err() {
+                match self.welcome(resumed, channels, secret).await {
+                    Ok(()) => self.caught_up = true,
                     // It comes back and finds its session waiting.
-                    self.wire.kill();
+                    Err(_) => self.wire.kill(),
                 }
             }
             Entrance::Refused => {
@@ -245,12 +269,18 @@ impl Session {
             Entrance::Failed => self.wire.kill(),
         }
         let reason = self.handle_inputs().await;
-        // What still came is answered by nobody.
         self.inputs.1.close();
-        self.app
-            .dispatch
-            .send(Item::Departed(self.connection.clone()))
-            .await;
+        while let Ok(input) = self.inputs.1.try_recv() {
+            if let Input::Attach { id, .. } = input {
+                let link = self.app.link.clone();
+                AnswerTo::Master { id, link }.refuse(&self.wire, &Refusal::unavailable());
+            }
+        }
+        let departed = Item::Departed {
+            connection: self.connection.clone(),
+            generation: self.generation,
+        };
+        self.app.dispatch.send(departed).await;
         if self.generation > 0 {
             self.leave(reason).await;
         }
@@ -275,10 +305,6 @@ impl Session {
             }) => {
                 self.generation = generation;
                 self.confirmed = confirmed;
-                self.joined = channels
-                    .iter()
-                    .map(|(channel, _)| channel.clone())
-                    .collect();
                 Entrance::Admitted {
                     resumed,
                     channels,
@@ -333,11 +359,17 @@ impl Session {
         self.resume(places).await
     }
 
-    /// Emits what came after these places, and puts the socket into the rooms.
+    /// Emits what came after these places, and puts the socket into the rooms. As a rule the
+    /// feeds have all of it; what they have not is read from the store.
     async fn resume(&self, mut places: Vec<(String, u64)>) -> Result<(), Refusal> {
-        let deadline = Instant::now() + REPLAY_PATIENCE;
         loop {
+            match self.attach(places, Purpose::Resume).await {
+                Some(Attached::Again(reached, _)) => places = reached,
+                _ => return Ok(()),
+            }
             for (channel, id) in &mut places {
+                // It may have been interrupted since.
+                self.app.dispatch.open(channel).await?;
                 loop {
                     let range = Range::After {
                         id: *id,
@@ -346,7 +378,7 @@ impl Session {
                     let page = self.app.store.read(channel, range).await?;
                     let complete = page.messages.len() < PAGE_LIMIT as usize;
                     for message in &page.messages {
-                        self.replay(message, deadline).await?;
+                        self.replay(message).await?;
                         *id = message.id;
                     }
                     if complete {
@@ -355,22 +387,15 @@ impl Session {
                     }
                 }
             }
-            match self.attach(places, Purpose::Resume).await {
-                Some(Attached::Again(reached, _)) => places = reached,
-                Some(Attached::Done | Attached::Gone) | None => return Ok(()),
-            }
-            if Instant::now() > deadline {
-                return Err(Refusal::unavailable());
-            }
-            tokio::time::sleep(REPLAY_PAUSE).await;
         }
     }
 
     /// Emits one missed message, as soon as the socket has room for it.
-    async fn replay(&self, message: &Message, deadline: Instant) -> Result<(), Refusal> {
+    async fn replay(&self, message: &Message) -> Result<(), Refusal> {
         if self.credentials.resume.is_none() && message.user == self.user {
             return Ok(());
         }
+        let deadline = Instant::now() + REPLAY_PATIENCE;
         while !self.wire.try_emit("message:post", &*message.event) {
             if Instant::now() > deadline {
                 return Err(Refusal::unavailable());
@@ -400,7 +425,7 @@ impl Session {
                 Input::Disconnected(reason) => return reason,
                 // Without a session there is nothing that it may do.
                 Input::Event { ack, .. } if self.generation == 0 || self.wire.is_superseded() => {
-                    refuse(ack, &Refusal::superseded());
+                    self.answer(ack, Err(Refusal::superseded()));
                 }
                 Input::Event {
                     name,
@@ -412,7 +437,6 @@ impl Session {
                     drop(held);
                 }
                 Input::Attach { id, channel, fresh } => {
-                    self.joined.insert(channel.clone());
                     let to = AnswerTo::Master {
                         id,
                         link: self.app.link.clone(),
@@ -431,13 +455,15 @@ impl Session {
             "user : status_changed" => self.change_status(data).await,
             "channel:typing" => self.type_in(data).await,
             "channel:join" => return self.join(data, ack).await,
-            _ => Err(Refusal::bad_payload(format!(
-                "There is no event {name:.64}"
-            ))),
+            _ => Err(events::unknown(name)),
         };
+        self.answer(ack, answer);
+    }
+
+    fn answer(&self, ack: AckSender, answer: Result<Value, Refusal>) {
         match answer {
-            Ok(answer) => acknowledge(ack, &answer),
-            Err(refusal) => refuse(ack, &refusal),
+            Ok(answer) => self.wire.acknowledge(ack, &answer, SMALL_EVENT),
+            Err(refusal) => self.wire.acknowledge(ack, &refusal, SMALL_EVENT),
         }
     }
 
@@ -465,14 +491,16 @@ impl Session {
         let channel = Payload::new(data)?.channel()?;
         self.must_be_in(&channel)?;
         let (user, generation) = (self.user.clone(), self.generation);
-        self.request(Command::Leave {
+        let leave = Command::Leave {
             user,
             generation,
-            channel: channel.clone(),
-        })
-        .await?;
-        self.joined.remove(&channel);
-        Ok(nothing())
+            channel,
+        };
+        match self.request(leave).await {
+            // The same command, sent again because its answer was lost: it is done.
+            Err(refusal) if refusal.code == Code::NotJoined => Ok(nothing()),
+            answer => answer.map(|_| nothing()),
+        }
     }
 
     async fn change_status(&mut self, data: Option<Value>) -> Result<Value, Refusal> {
@@ -512,7 +540,6 @@ impl Session {
                 channel: channel.clone(),
             };
             let fresh = matches!(self.request(command).await?, Reply::Joined { fresh: true });
-            self.joined.insert(channel.clone());
             Ok((channel, after, fresh))
         };
         match joining.await {
@@ -520,15 +547,20 @@ impl Session {
                 self.put_into_room(channel, after, fresh, AnswerTo::Client(ack))
                     .await;
             }
-            Err(refusal) => refuse(ack, &refusal),
+            Err(refusal) => self.answer(ack, Err(refusal)),
         }
     }
 
     fn must_be_in(&self, channel: &str) -> Result<(), Refusal> {
-        if self.joined.contains(channel) {
-            Ok(())
-        } else {
-            Err(Refusal::not_joined())
+        let is_in = self.app.dispatch.with_state(|state| {
+            state.session(&self.user).is_some_and(|session| {
+                session.owner.generation == self.generation
+                    && session.channels.contains_key(channel)
+            })
+        });
+        match is_in {
+            Some(true) => Ok(()),
+            _ => Err(Refusal::not_joined()),
         }
     }
 
@@ -551,7 +583,7 @@ impl Session {
         for _ in 0..ATTEMPTS {
             let (history, last, more, reset) = match self.history(&channel, after).await {
                 Ok(read) => read,
-                Err(refusal) => return to.refuse(&refusal),
+                Err(refusal) => return to.refuse(&self.wire, &refusal),
             };
             let missed = after.is_some() && !reset;
             let most = if missed {
@@ -571,10 +603,11 @@ impl Session {
             let place = vec![(channel.clone(), last)];
             match self.attach(place, Purpose::Join(answer)).await {
                 Some(Attached::Again(_, Purpose::Join(answer))) => to = answer.to,
+                // Answered, or the worker stops.
                 _ => return,
             }
         }
-        to.refuse(&Refusal::unavailable());
+        to.refuse(&self.wire, &Refusal::unavailable());
     }
 
     /// The history that a join shows, the channel's last id then, whether more was missed, and
@@ -636,10 +669,17 @@ impl Session {
         if chosen && !self.wire.is_superseded() {
             return Ending::Ended;
         }
-        // Without a heartbeat seen, it is alive two rounds of them that proves receipt.
-        let rounds = i64::try_from(patience.as_millis().saturating_mul(2)).unwrap_or(i64::MAX);
-        let now = jiff::Timestamp::now().as_millisecond();
-        let confirmed = self.wire.confirmed().unwrap_or(now.saturating_sub(rounds));
+        // One that was still being given what it missed has received none of that for certain.
+        let confirmed = if self.caught_up {
+            self.wire.confirmed().unwrap_or_else(|| {
+                // No heartbeat was seen, but it lives: two rounds of them prove receipt.
+                let rounds = patience.as_millis().saturating_mul(2);
+                let now = jiff::Timestamp::now().as_millisecond();
+                now.saturating_sub(i64::try_from(rounds).unwrap_or(i64::MAX))
+            })
+        } else {
+            self.confirmed
+        };
         Ending::Lost {
             confirmed: Some(confirmed.max(self.confirmed)),
         }

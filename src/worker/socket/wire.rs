@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 use serde_json::value::RawValue;
-use socketioxide::extract::SocketRef;
+use socketioxide::extract::{AckSender, SocketRef};
 use socketioxide::{SendError, SocketError, TransportType};
 
 use super::engine::EngineSession;
@@ -16,8 +16,11 @@ use super::engine::EngineSession;
 /// resumes: so nobody is skipped in silence.
 const MAX_BACKLOG: u64 = 4 * 1024 * 1024;
 
+/// How long a polling client that is probed may take to open its next poll.
+const POLL_PROBE: Duration = Duration::from_millis(2_500);
+
 /// What a small event adds to the backlog, roughly; only messages are measured.
-const SMALL_EVENT: u64 = 128;
+pub const SMALL_EVENT: u64 = 128;
 
 /// A client's connection.
 pub struct Connection {
@@ -70,34 +73,51 @@ impl Connection {
     /// Emits an event. A client that does not read fast enough is closed instead.
     pub fn emit<T: Payload + ?Sized>(&self, event: &'static str, data: &T) {
         if !self.try_emit(event, data) {
-            tracing::info!(
-                event = "slow_client",
-                client = %self.client,
-                "closing a connection that does not read"
-            );
-            self.kill();
+            self.kill_slow();
         }
+    }
+
+    fn kill_slow(&self) {
+        tracing::info!(
+            event = "slow_client",
+            client = %self.client,
+            "closing a connection that does not read"
+        );
+        self.kill();
     }
 
     /// Emits an event unless too much is waiting already; `false` then. To a connection that is
     /// gone anything can be emitted.
     pub fn try_emit<T: Payload + ?Sized>(&self, event: &'static str, data: &T) -> bool {
+        self.account(data.size(), || self.socket.emit(event, data))
+    }
+
+    /// Answers an event; a client that asked for no answer gets none. `size` says how many bytes
+    /// the answer has, roughly. A client that does not read fast enough is closed instead.
+    pub fn acknowledge<T: Serialize + ?Sized>(&self, ack: AckSender, answer: &T, size: u64) {
+        if !self.account(size, || ack.send(answer)) {
+            self.kill_slow();
+        }
+    }
+
+    /// Sends something unless too much is waiting, and counts it.
+    fn account(&self, size: u64, send: impl FnOnce() -> Result<(), SendError>) -> bool {
         let written = self.engine.bytes_written();
         let emitted = self.emitted.load(Ordering::Relaxed).max(written);
         if emitted - written > MAX_BACKLOG {
             return false;
         }
-        match self.socket.emit(event, data) {
+        match send() {
             Ok(()) => {
-                // Only the dispatch loop and the session's own task emit, the latter while it
-                // is in no room: a lost update would only make the estimate a little low.
-                self.emitted.store(emitted + data.size(), Ordering::Relaxed);
+                // The dispatch loop and the session's own task may do this at once: a lost update
+                // makes the estimate a little low, no more.
+                self.emitted.store(emitted + size, Ordering::Relaxed);
                 true
             }
             Err(SendError::Socket(SocketError::InternalChannelFull)) => false,
             Err(SendError::Socket(SocketError::Closed)) => true,
             Err(SendError::Serialize(error)) => {
-                tracing::error!(event, %error, "an event cannot be encoded");
+                tracing::error!(%error, "an event cannot be encoded");
                 true
             }
         }
@@ -109,13 +129,23 @@ impl Connection {
         let _ = self.socket.volatile().emit(event, data);
     }
 
-    /// Finds out whether the peer is there: a dead one's connection fails within seconds.
-    pub fn probe(&self) {
-        if let Some(transport) = self.engine.transport()
-            && let Err(error) = transport.probe()
-        {
-            tracing::debug!(%error, "probing failed");
+    /// Finds out whether the peer is there: the connection of a dead one ends within seconds.
+    pub fn probe(self: &Arc<Self>) {
+        if let Some(transport) = self.engine.transport() {
+            if let Err(error) = transport.probe() {
+                tracing::debug!(%error, "probing failed");
+            }
+            return;
         }
+        // A polling client that lives has a poll open, or opens one right away.
+        let polls = self.engine.probe_poll();
+        let wire = self.clone();
+        tokio::spawn(async move {
+            tokio::time::sleep(POLL_PROBE).await;
+            if wire.engine.transport().is_none() && wire.engine.is_without_poll_since(polls) {
+                wire.kill();
+            }
+        });
     }
 
     /// Closes the transport. The client takes it for a broken connection, and comes back.
