@@ -27,7 +27,7 @@ build: ## Build the binary that the client tests run
 
 test: test-unit test-clients ## Run all tests
 
-test-unit: ## Run the tests of the crate
+test-unit: install-redis-server ## Run the tests of the crate
 	@log=$$(mktemp)
 	trap 'rm -f "$$log"' EXIT
 	$(CARGO) test --locked 2>&1 | tee "$$log"
@@ -38,13 +38,9 @@ test-unit: ## Run the tests of the crate
 test-clients: install-test-deps build ## Run real Socket.IO clients of four major versions against the binary
 	@BANTER_BIN="$${BANTER_BIN:-$(abspath $(TARGET_DIR))/debug/banter}" node $(CLIENTS)/run.js $(FILES)
 
-install-test-deps: ## Install Node.js, where it is missing, and the clients
+install-test-deps: install-redis-server ## Install what the tests need, where it is missing
 	@if ! { command -v node && command -v npm; } >/dev/null; then
-		echo "installing Node.js and npm"
-		command -v apt-get >/dev/null || { echo "Node.js 18.19 or newer with npm is needed, and there is no apt-get to install it with" >&2; exit 1; }
-		export DEBIAN_FRONTEND=noninteractive
-		$(SUDO) apt-get update -qq </dev/null >/dev/null
-		$(SUDO) apt-get install -y -qq --no-install-recommends nodejs npm </dev/null >/dev/null
+		$(MAKE) apt-install PACKAGES="nodejs npm"
 	fi
 	node -e 'const [a, b] = process.versions.node.split("."); if (a < 18 || (a == 18 && b < 19)) { console.error("Node.js 18.19 or newer is needed, this is " + process.version); process.exit(1); }'
 	# What is installed stays until the lock file says something else.
@@ -53,6 +49,24 @@ install-test-deps: ## Install Node.js, where it is missing, and the clients
 		(cd $(CLIENTS) && npm ci --no-audit --no-fund --loglevel=error </dev/null)
 		cp $(CLIENTS)/package-lock.json "$$stamp"
 	fi
+
+.PHONY: install-redis-server apt-install
+install-redis-server:
+	@command -v redis-server >/dev/null || $(MAKE) apt-install PACKAGES=redis-server
+
+apt-install:
+	@command -v apt-get >/dev/null || { echo "these are missing, and there is no apt-get to install them with: $(PACKAGES)" >&2; exit 1; }
+	echo "installing $(PACKAGES)"
+	export DEBIAN_FRONTEND=noninteractive
+	# Debian starts a service as soon as it is installed; the tests start their own.
+	policy=/usr/sbin/policy-rc.d
+	if [ ! -e "$$policy" ]; then
+		trap '$(SUDO) rm -f "$$policy"' EXIT
+		printf '#!/bin/sh\nexit 101\n' | $(SUDO) tee "$$policy" >/dev/null
+		$(SUDO) chmod 755 "$$policy"
+	fi
+	$(SUDO) apt-get update -qq </dev/null >/dev/null
+	$(SUDO) apt-get install -y -qq --no-install-recommends $(PACKAGES) </dev/null >/dev/null
 
 bench: ## Run the benchmarks
 	@$(CARGO) bench --locked

@@ -6,6 +6,7 @@
 //! [`remote::ControlStore`], over the control stream.
 
 pub mod embedded;
+pub mod redis;
 pub mod remote;
 
 use std::sync::Arc;
