@@ -204,7 +204,8 @@ impl Commands {
     where
         F: Future<Output = ()> + Send + 'static,
     {
-        let (state, receiver) = watch::channel(State::away());
+        let state = first.clone().map_or_else(State::away, State::Here);
+        let (state, receiver) = watch::channel(state);
         let keeper = tokio::spawn(keep(server, first, state, welcome));
         Self {
             state: receiver,
