@@ -361,7 +361,7 @@ enum Loss {
 
 /// Keeps a connection that listens, until nobody can give orders any more.
 async fn listen(shared: Arc<Shared>, server: Arc<Server>, mut orders: mpsc::Receiver<Order>) {
-    let mut back_off = BackOff::new();
+    let mut back_off = BackOff::new("listening");
     let mut interrupted = false;
     loop {
         let epoch = shared.begin_epoch();

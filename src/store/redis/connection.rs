@@ -97,7 +97,12 @@ impl Server {
             match self.connect(move |info| pushed(info)).await {
                 Ok(connection) => return connection,
                 Err(error) if back_off.worth_logging(Instant::now()) => {
-                    tracing::warn!(address = self.shown, %error, "cannot connect to Redis");
+                    tracing::warn!(
+                        address = self.shown,
+                        purpose = back_off.purpose,
+                        %error,
+                        "cannot connect to Redis: trying on"
+                    );
                 }
                 Err(_) => {}
             }
@@ -116,14 +121,17 @@ pub(super) struct Connection {
 
 /// How long to wait before the next attempt to connect, and whether to log that one failed.
 pub(super) struct BackOff {
+    /// What the connection is for, as logs say it.
+    purpose: &'static str,
     pause: Duration,
     connected: Option<Instant>,
     logged: Option<Instant>,
 }
 
 impl BackOff {
-    pub(super) fn new() -> Self {
+    pub(super) fn new(purpose: &'static str) -> Self {
         Self {
+            purpose,
             pause: BACK_OFF.0,
             connected: None,
             logged: None,
@@ -303,7 +311,7 @@ async fn keep<F>(
 ) where
     F: Future<Output = ()> + Send + 'static,
 {
-    let mut back_off = BackOff::new();
+    let mut back_off = BackOff::new("requests");
     let mut welcome = Some(welcome);
     loop {
         let connection = match first.take() {
@@ -404,7 +412,7 @@ mod tests {
 
     #[test]
     fn attempts_to_connect_come_slower_until_one_has_lasted() {
-        let mut back_off = BackOff::new();
+        let mut back_off = BackOff::new("tests");
         let now = Instant::now();
         let mut pauses: Vec<_> = (0..12).map(|_| back_off.next(now)).collect();
         assert_eq!((pauses[0], pauses[11]), BACK_OFF);
@@ -422,7 +430,7 @@ mod tests {
 
     #[test]
     fn a_failure_to_connect_is_logged_at_first_and_then_rarely() {
-        let mut back_off = BackOff::new();
+        let mut back_off = BackOff::new("tests");
         let now = Instant::now();
         assert!(back_off.worth_logging(now));
         assert!(!back_off.worth_logging(now));

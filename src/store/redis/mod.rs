@@ -174,17 +174,10 @@ impl RedisStore {
         let server = Arc::new(Server::new(client, shown));
         let first = match server.connect(|_| ()).await {
             Ok(connection) => Some(connection),
-            Err(error) => {
-                if let Some(advice) = advice(&error) {
-                    return Err(refused(&server.shown, &error, advice));
-                }
-                tracing::warn!(
-                    address = server.shown,
-                    %error,
-                    "cannot connect to Redis yet: trying on"
-                );
-                None
-            }
+            Err(error) => match advice(&error) {
+                Some(advice) => return Err(refused(&server.shown, &error, advice)),
+                None => None,
+            },
         };
         let keys = Keys::new(&prefix);
         let seen = Arc::new(Seen::default());
