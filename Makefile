@@ -36,7 +36,7 @@ build: ## Build the binary that the client tests run
 
 test: test-unit test-clients ## Run all tests
 
-test-unit: ## Run the tests of the crate
+test-unit: install-redis-server ## Run the tests of the crate
 	@log=$$(mktemp)
 	trap 'rm -f "$$log"' EXIT
 	$(CARGO) test --locked 2>&1 | tee "$$log"
@@ -49,15 +49,11 @@ test-clients: install-test-deps build ## Run real Socket.IO clients of four majo
 
 install-node: ## Install Node.js where it is missing
 	@if ! { command -v node && command -v npm; } >/dev/null; then
-		echo "installing Node.js and npm"
-		command -v apt-get >/dev/null || { echo "Node.js 18.19 or newer with npm is needed, and there is no apt-get to install it with" >&2; exit 1; }
-		export DEBIAN_FRONTEND=noninteractive
-		$(SUDO) apt-get update -qq </dev/null >/dev/null
-		$(SUDO) apt-get install -y -qq --no-install-recommends nodejs npm </dev/null >/dev/null
+		$(MAKE) apt-install PACKAGES="nodejs npm"
 	fi
 	node -e 'const [a, b] = process.versions.node.split("."); if (a < 18 || (a == 18 && b < 19)) { console.error("Node.js 18.19 or newer is needed, this is " + process.version); process.exit(1); }'
 
-install-test-deps: install-node ## Install the clients
+install-test-deps: install-node install-redis-server ## Install what the tests need, where it is missing
 	@$(call npm-ci,$(CLIENTS))
 
 install-bench-deps: install-node ## Install the benchmark's peer
@@ -67,6 +63,25 @@ bench: install-bench-deps ## Measure the store, and the server beside a peer (th
 	@$(CARGO) build --release --locked
 	$(CARGO) bench --locked --bench store
 	BANTER_BIN="$(abspath $(TARGET_DIR))/release/banter" node $(PEER)/run.js
+
+.PHONY: install-redis-server apt-install
+install-redis-server:
+	@command -v redis-server >/dev/null || $(MAKE) apt-install PACKAGES=redis-server
+
+apt-install:
+	@command -v apt-get >/dev/null || { echo "these are missing, and there is no apt-get to install them with: $(PACKAGES)" >&2; exit 1; }
+	echo "installing $(PACKAGES)"
+	export DEBIAN_FRONTEND=noninteractive
+	# Debian starts a service as soon as it is installed; the tests start their own.
+	policy=/usr/sbin/policy-rc.d
+	if [ ! -e "$$policy" ]; then
+		trap '$(SUDO) rm -f "$$policy"' EXIT
+		printf '#!/bin/sh\nexit 101\n' | $(SUDO) tee "$$policy" >/dev/null
+		$(SUDO) chmod 755 "$$policy"
+	fi
+	$(SUDO) apt-get update -qq </dev/null >/dev/null
+	$(SUDO) apt-get install -y -qq --no-install-recommends $(PACKAGES) </dev/null >/dev/null
+
 
 fmt: ## Format the code
 	@$(CARGO) fmt

@@ -1,11 +1,12 @@
 //! Where users, channels and messages live, and the bus that tells workers of new messages.
 //!
-//! [`Store`] is the whole of what the server asks of a database. Two kinds of implementation are
-//! meant to stand behind it: one that several workers reach on their own (a Redis), and the
-//! [`embedded`] SQLite, which the master owns and which workers reach through
-//! [`remote::ControlStore`], over the control stream.
+//! [`Store`] is the whole of what the server asks of a database. Two kinds of implementation stand
+//! behind it: a [`redis`], which all workers reach on their own, and the [`embedded`] SQLite, which
+//! the master owns and which workers reach through [`remote::ControlStore`], over the control
+//! stream.
 
 pub mod embedded;
+pub mod redis;
 pub mod remote;
 
 use std::sync::Arc;

@@ -1,0 +1,33 @@
+//! The Lua scripts: each is one atomic step in Redis. What they take and return is said in them.
+//!
+//! They are called by hash; [`redis::Script`] sends the text again when Redis does not know it,
+//! as after a restart.
+
+use std::sync::LazyLock;
+
+use redis::Script;
+
+macro_rules! scripts {
+    ($($(#[$doc:meta])* $name:ident = $file:literal;)*) => {
+        $(
+            $(#[$doc])*
+            pub(super) static $name: LazyLock<Script> =
+                LazyLock::new(|| Script::new(include_str!(concat!("scripts/", $file, ".lua"))));
+        )*
+    };
+}
+
+scripts! {
+    /// Creates a user, unless there is one.
+    CREATE_USER = "create_user";
+    /// Replaces a password hash, if it is the expected one.
+    REPLACE_HASH = "replace_hash";
+    /// Adds a channel to the list, unless it is on it.
+    CREATE_CHANNEL = "create_channel";
+    /// Stores a message and publishes it, once.
+    POST = "post";
+    /// Reads a page of messages.
+    READ = "read";
+    /// Finds the last message before a time.
+    LAST_BEFORE = "last_before";
+}
