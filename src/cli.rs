@@ -42,9 +42,47 @@ pub struct StateArgs {
     /// else the XDG data directory.
     #[arg(long, env = "BANTER_STATE_DIR", value_name = "DIR")]
     pub state_dir: Option<PathBuf>,
-    /// A Redis to keep everything in. Not supported by this version: leave it unset.
-    #[arg(long, env = "REDIS_URL", value_name = "URL", hide = true)]
+}
+
+/// A Redis that keeps users, channels and messages, in place of the embedded store.
+#[derive(Debug, Clone, Args)]
+pub struct RedisArgs {
+    /// The Redis to keep everything in: redis://HOST:PORT, rediss://HOST:PORT (TLS) or unix:PATH,
+    /// with USER:PASSWORD@ before the host. Default: none, the embedded store.
+    #[arg(
+        long,
+        env = "REDIS_URL",
+        hide_env_values = true,
+        value_name = "URL",
+        hide_default_value = true
+    )]
     pub redis_url: Option<String>,
+    /// Host of the Redis, where there is no REDIS_URL.
+    #[arg(long, env = "REDIS_HOST", value_name = "HOST")]
+    pub redis_host: Option<String>,
+    /// Port of the Redis at REDIS_HOST (default 6379), or tcp://HOST:PORT as container platforms
+    /// set it.
+    #[arg(long, env = "REDIS_PORT", value_name = "PORT")]
+    pub redis_port: Option<String>,
+    /// What all names in Redis begin with: deployments with different ones can share a Redis.
+    #[arg(long, env = "BANTER_REDIS_PREFIX", default_value = crate::store::redis::DEFAULT_PREFIX, value_name = "PREFIX")]
+    pub redis_prefix: String,
+    /// Messages that each channel keeps in Redis. 0: all.
+    #[arg(
+        long,
+        env = "BANTER_RETENTION_COUNT",
+        default_value_t = 0,
+        value_name = "N"
+    )]
+    pub retention_count: u32,
+    /// Days that messages are kept in Redis. 0: for ever.
+    #[arg(
+        long,
+        env = "BANTER_RETENTION_DAYS",
+        default_value_t = 0,
+        value_name = "DAYS"
+    )]
+    pub retention_days: u32,
 }
 
 /// Where the sockets between master and workers are.
@@ -155,6 +193,9 @@ pub struct ServeArgs {
     pub state: StateArgs,
     #[command(flatten)]
     #[allow(missing_docs)]
+    pub redis: RedisArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
     pub secret: SecretArgs,
     #[command(flatten)]
     #[allow(missing_docs)]
@@ -172,6 +213,9 @@ pub struct MasterArgs {
     pub state: StateArgs,
     #[command(flatten)]
     #[allow(missing_docs)]
+    pub redis: RedisArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
     pub runtime: RuntimeArgs,
     #[command(flatten)]
     #[allow(missing_docs)]
@@ -187,6 +231,9 @@ pub struct WorkerArgs {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub runtime: RuntimeArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub redis: RedisArgs,
     #[command(flatten)]
     #[allow(missing_docs)]
     pub secret: SecretArgs,

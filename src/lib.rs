@@ -4,6 +4,7 @@
 //! the whole picture.
 
 pub mod cli;
+pub mod config;
 pub mod control;
 pub mod handoff;
 pub mod health;

@@ -35,8 +35,10 @@ use tokio::time::{Instant, sleep, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use crate::ConfigError;
-use crate::cli::{LimitArgs, ServeArgs, StateArgs};
+use crate::cli::{LimitArgs, RedisArgs, ServeArgs, StateArgs};
+use crate::config;
 use crate::secret::{JwtSecret, Source};
+use crate::store::redis::{RedisSettings, shown_address};
 use crate::systemd::{self, ListenSockets, NAME_CLIENTS, NAME_CONTROL, NAME_HANDOFF};
 
 /// The exit status of a process that refuses its configuration (`EX_CONFIG` of sysexits.h). Such a
@@ -65,7 +67,7 @@ const MAX_NOTIFICATION: usize = 4096;
 /// A [`ConfigError`] for what the operator has to mend, also where a child told so by its exit status;
 /// others where the port is in use, or a directory or process cannot be made.
 pub fn run(args: ServeArgs, log: String) -> anyhow::Result<()> {
-    refuse_redis(&args.state)?;
+    let redis = config::redis(&args.redis)?;
     raise_file_limit();
     let state_dir = prepare_state_dir(&args.state)?;
     let secret = match JwtSecret::find(&args.secret).map_err(ConfigError::new)? {
@@ -86,7 +88,11 @@ pub fn run(args: ServeArgs, log: String) -> anyhow::Result<()> {
     let household = Household {
         program: env::current_exe().context("the program's own path is not known")?,
         runtime_dir: runtime_dir.path(),
-        env: common_env(&args.limits, &log, port, &state_dir, runtime_dir.path()),
+        env: {
+            let mut env = common_env(&args.limits, &log, port, &state_dir, runtime_dir.path());
+            env.extend(redis_env(&args.redis, redis.as_ref()));
+            env
+        },
         // The secret goes by the file's name where it can, for an environment is easily seen.
         secret: match secret {
             Source::Credential(_) => None,
@@ -102,6 +108,10 @@ pub fn run(args: ServeArgs, log: String) -> anyhow::Result<()> {
                 .map(|secret| ("JWT_SECRET", secret.into())),
         },
     };
+    let store = redis
+        .map(|redis| shown_address(&redis.url))
+        .transpose()
+        .map_err(ConfigError::new)?;
     let master = household.master(sockets);
     let workers = (0..count).map(|number| household.worker(number)).collect();
 
@@ -114,7 +124,10 @@ pub fn run(args: ServeArgs, log: String) -> anyhow::Result<()> {
         let signals = stop_signals().context("cannot handle signals")?;
         supervise_all(master, workers, TIMING, signals, || {
             crate::print_line(&format!("Banter listens on http://localhost:{port}/"));
-            crate::print_line(&format!("Store: embedded, in {}", state_dir.display()));
+            crate::print_line(&match &store {
+                Some(address) => format!("Store: Redis at {address}"),
+                None => format!("Store: embedded, in {}", state_dir.display()),
+            });
             systemd::ready(&format!("listening on port {port}"));
         })
         .await
@@ -143,22 +156,6 @@ pub fn die_with_parent() -> anyhow::Result<()> {
         bail!("the supervisor, process {}, is gone", supervisor.display());
     }
     Ok(())
-}
-
-/// Refuses `REDIS_URL`, which a later version may support: starting with an empty store instead would
-/// look like lost data.
-///
-/// # Errors
-///
-/// [`ConfigError`] if it is set and not empty.
-pub fn refuse_redis(args: &StateArgs) -> Result<(), ConfigError> {
-    match args.redis_url.as_deref() {
-        None | Some("") => Ok(()),
-        Some(_) => Err(ConfigError::new(
-            "REDIS_URL is not supported by this version, which keeps everything in its state \
-             directory; unset it",
-        )),
-    }
 }
 
 /// The state directory, made if missing, as an absolute path.
@@ -275,6 +272,25 @@ fn common_env(
     ];
     env.extend(limits.env().map(|(name, value)| (name, value.into())));
     env
+}
+
+/// What every child is told of the store.
+fn redis_env(args: &RedisArgs, redis: Option<&RedisSettings>) -> Vec<(&'static str, OsString)> {
+    let Some(settings) = redis else {
+        return Vec::new();
+    };
+    vec![
+        ("REDIS_URL", settings.url.clone().into()),
+        ("BANTER_REDIS_PREFIX", settings.prefix.clone().into()),
+        (
+            "BANTER_RETENTION_COUNT",
+            args.retention_count.to_string().into(),
+        ),
+        (
+            "BANTER_RETENTION_DAYS",
+            args.retention_days.to_string().into(),
+        ),
+    ]
 }
 
 /// What the children have in common.
@@ -1218,23 +1234,6 @@ mod tests {
         let ended = ended.recv_timeout(DEADLINE);
         parent.wait().unwrap();
         ended.expect("the child outlives its supervisor");
-    }
-
-    #[test]
-    fn redis_is_refused_only_if_set() {
-        let args = |url: Option<&str>| StateArgs {
-            state_dir: None,
-            redis_url: url.map(str::to_owned),
-        };
-        refuse_redis(&args(None)).unwrap();
-        refuse_redis(&args(Some(""))).unwrap();
-        let error = refuse_redis(&args(Some("redis://localhost")))
-            .unwrap_err()
-            .to_string();
-        assert!(
-            error.contains("unset it") && !error.contains('\n'),
-            "{error}"
-        );
     }
 
     #[test]

@@ -4,6 +4,7 @@
 //! sessions, because a polling client's next request must reach the process that knows it.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::Mutex;
 
@@ -13,6 +14,9 @@ use crate::presence::Session;
 #[derive(Debug, Default)]
 pub struct Affinity {
     inner: Mutex<Inner>,
+    /// Whether the registry knows what the workers know: before that, an address could be sent
+    /// away from its sessions.
+    known: AtomicBool,
 }
 
 #[derive(Debug, Default)]
@@ -47,6 +51,16 @@ impl Affinity {
                 .entry(worker)
                 .or_default() += 1;
         }
+    }
+
+    /// The registry is complete.
+    pub fn set_known(&self) {
+        self.known.store(true, Ordering::Release);
+    }
+
+    /// Whether the registry is complete.
+    pub fn is_known(&self) -> bool {
+        self.known.load(Ordering::Acquire)
     }
 
     /// The worker with the most living sessions of an address.

@@ -53,8 +53,10 @@ pub struct Settings {
     pub roster: PathBuf,
     /// Kept current for the router.
     pub affinity: Arc<Affinity>,
-    /// The database, which workers reach through their streams.
-    pub store: Arc<Embedded>,
+    /// The database, where workers reach it through their streams.
+    pub store: Option<Arc<Embedded>>,
+    /// Publishes changes, where they do not go through the streams.
+    pub presence: Option<mpsc::Sender<Numbered>>,
 }
 
 /// A worker's stream.
@@ -254,6 +256,7 @@ impl Cluster {
                 "the registry is complete"
             );
             self.registry = Some(registry);
+            self.settings.affinity.set_known();
         }
         for (id, (link, hello)) in std::mem::take(&mut self.greeters) {
             let Some(registry) = &mut self.registry else {
@@ -513,8 +516,16 @@ impl Cluster {
             return;
         };
         for numbered in events {
-            for member in self.members.values() {
-                member.link.send(FromMaster::Event(numbered.clone()));
+            match &self.settings.presence {
+                Some(presence) => {
+                    // Dropped where the publisher cannot keep up: ticks tell of it.
+                    let _ = presence.try_send(numbered.clone());
+                }
+                None => {
+                    for member in self.members.values() {
+                        member.link.send(FromMaster::Event(numbered.clone()));
+                    }
+                }
             }
             match &numbered.event {
                 Event::Connected { user, .. }
@@ -642,7 +653,7 @@ async fn serve_stream(
     id: u64,
     stream: UnixStream,
     inputs: mpsc::Sender<Input>,
-    store: Arc<Embedded>,
+    store: Option<Arc<Embedded>>,
 ) {
     let (read, write) = stream.into_split();
     let mut reader = FramedRead::new(read, control::codec());
@@ -686,7 +697,7 @@ async fn serve_stream(
             !link.close.is_cancelled()
         })
     };
-    let client = Arc::new(store.client(sink));
+    let client = store.map(|store| Arc::new(store.client(sink)));
     let requests = Arc::new(Semaphore::new(STORE_REQUESTS));
     if inputs
         .send(Input::Hello {
@@ -738,7 +749,14 @@ async fn serve_stream(
                     let (client, link) = (client.clone(), link.clone());
                     tokio::spawn(async move {
                         let _permit = permit;
-                        let result = remote::carry_out(client.as_ref(), request).await;
+                        let result = match client {
+                            Some(client) => remote::carry_out(client.as_ref(), request).await,
+                            None => Err(StoreError::Unavailable(
+                                "the master has no store: REDIS_URL is set for it, and not for \
+                                 the worker"
+                                    .to_owned(),
+                            )),
+                        };
                         link.send(FromMaster::Store { id, result });
                     });
                 }

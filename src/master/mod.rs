@@ -12,33 +12,38 @@ pub mod cluster;
 pub mod registry;
 pub mod router;
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::ConfigError;
 use crate::cli::MasterArgs;
 use crate::handoff;
+use crate::presence::Numbered;
 use crate::store::embedded::Embedded;
-use crate::{serve, systemd};
+use crate::store::redis::{Lease, LeaseError, RedisStore};
+use crate::{config, systemd};
+
+/// Changes of who is online that wait to be published; more are dropped, and asked for.
+const PUBLISHED: usize = 4096;
 
 /// Runs the master until it is told to stop.
 ///
 /// # Errors
 /// If the sockets or the store cannot be opened.
 pub async fn run(args: MasterArgs) -> anyhow::Result<()> {
-    serve::refuse_redis(&args.state)?;
-    let state_dir = systemd::state_dir(&args.state)?;
     let runtime_dir = systemd::runtime_dir(&args.runtime)?;
     let sockets = match systemd::ListenSockets::from_env().map_err(ConfigError::new)? {
         Some(sockets) => sockets,
         None => systemd::ListenSockets::bind(args.port, &runtime_dir)?,
     };
-    let store = Embedded::open(&state_dir.join("banter.db")).map_err(ConfigError::new)?;
+    let backend = Backend::open(&args, &runtime_dir).await?;
 
     let stop = CancellationToken::new();
     let tasks = TaskTracker::new();
@@ -68,7 +73,8 @@ pub async fn run(args: MasterArgs) -> anyhow::Result<()> {
         },
         roster: runtime_dir.join("workers.json"),
         affinity,
-        store,
+        store: backend.embedded(),
+        presence: backend.publisher(&tasks, &stop),
     });
     tasks.spawn(cluster.run(control, stop.clone()));
     tasks.close();
@@ -81,6 +87,7 @@ pub async fn run(args: MasterArgs) -> anyhow::Result<()> {
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
         () = tasks.wait() => anyhow::bail!("a part of the master stopped unexpectedly"),
+        error = backend.displaced() => return Err(ConfigError::new(error).into()),
     }
     systemd::stopping();
     stop.cancel();
@@ -90,5 +97,93 @@ pub async fn run(args: MasterArgs) -> anyhow::Result<()> {
     {
         tracing::warn!("some tasks did not stop within 5 s");
     }
+    backend.close().await;
     Ok(())
+}
+
+/// Where users, channels and messages are.
+enum Backend {
+    /// In the master's own database.
+    Embedded(Arc<Embedded>),
+    /// In a Redis, which workers reach on their own.
+    Redis {
+        store: Arc<RedisStore>,
+        lease: Lease,
+    },
+}
+
+impl Backend {
+    async fn open(args: &MasterArgs, runtime_dir: &Path) -> anyhow::Result<Self> {
+        let Some(settings) = config::redis(&args.redis)? else {
+            let path = systemd::state_dir(&args.state)?.join("banter.db");
+            let store = Embedded::open(&path).map_err(ConfigError::new)?;
+            return Ok(Self::Embedded(store));
+        };
+        // The master publishes, and listens to nothing.
+        let store = RedisStore::connect(settings, Arc::new(|_| true)).await;
+        let store = store.map_err(ConfigError::new)?;
+        let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+        let lease = Lease::new(store.clone(), host.trim(), runtime_dir);
+        match lease.acquire().await {
+            Ok(()) => {}
+            Err(error @ LeaseError::Held(_)) => return Err(ConfigError::new(error).into()),
+            // It is taken as soon as Redis is back; until then there is nobody to take it either.
+            Err(LeaseError::Unavailable(error)) => {
+                tracing::warn!(%error, "starting without Redis");
+            }
+        }
+        Ok(Self::Redis { store, lease })
+    }
+
+    /// The store that workers reach through the master.
+    fn embedded(&self) -> Option<Arc<Embedded>> {
+        match self {
+            Self::Embedded(store) => Some(store.clone()),
+            Self::Redis { .. } => None,
+        }
+    }
+
+    /// Takes changes of who is online and publishes them, where that goes by Redis.
+    fn publisher(
+        &self,
+        tasks: &TaskTracker,
+        stop: &CancellationToken,
+    ) -> Option<mpsc::Sender<Numbered>> {
+        let Self::Redis { store, .. } = self else {
+            return None;
+        };
+        let (changes, mut changes_rx) = mpsc::channel::<Numbered>(PUBLISHED);
+        let (store, stop) = (store.clone(), stop.clone());
+        tasks.spawn(async move {
+            let publishing = async {
+                while let Some(numbered) = changes_rx.recv().await {
+                    if let Err(error) = store.publish_presence(&numbered).await {
+                        // Workers notice by the next tick, and ask.
+                        tracing::debug!(%error, "a change of who is online was not published");
+                    }
+                }
+            };
+            let _ = stop.run_until_cancelled(publishing).await;
+        });
+        Some(changes)
+    }
+
+    /// Returns only if another master has taken this one's place.
+    async fn displaced(&self) -> LeaseError {
+        match self {
+            Self::Embedded(_) => std::future::pending().await,
+            Self::Redis { lease, .. } => lease.keep().await,
+        }
+    }
+
+    async fn close(self) {
+        match self {
+            Self::Embedded(store) => store.shutdown().await,
+            Self::Redis { lease, .. } => {
+                if let Err(error) = lease.release().await {
+                    tracing::debug!(%error, "the lease ends by itself");
+                }
+            }
+        }
+    }
 }

@@ -29,6 +29,9 @@ const ACCEPTED_QUEUE: usize = 4;
 /// Frames from workers on their way to the router.
 const FRAME_QUEUE: usize = 256;
 
+/// How long a connection waits for a worker that has its address' sessions and is not there yet.
+const PATIENCE: Duration = Duration::from_secs(1);
+
 /// Accepted connections that may wait for an acknowledgement before no more are accepted.
 const WAITING: usize = 64;
 
@@ -207,19 +210,27 @@ enum Choice {
     Refuse,
 }
 
-/// Chooses a worker for an address. `home` is the one that has the address' living sessions.
-fn choose(key: &RoutingKey, home: Option<u32>, standings: &[Standing]) -> Choice {
-    let home = home.and_then(|home| standings.iter().find(|s| s.worker == home));
-    if let Some(home) = home
-        && matches!(home.state, WorkerState::Serving | WorkerState::Full)
-        && !home.passed_over
-        && !home.exhausted
-    {
-        return if home.window + home.reserve > 0 {
-            Choice::Worker(home.worker)
-        } else {
-            Choice::Wait
-        };
+/// Chooses a worker for an address. `home` is the one that has the address' living sessions;
+/// `patient` says that the connection has not waited long.
+fn choose(key: &RoutingKey, home: Option<u32>, standings: &[Standing], patient: bool) -> Choice {
+    match home.map(|home| standings.iter().find(|s| s.worker == home)) {
+        // It lives, or it would have no sessions, and is about to open its hand-off stream.
+        Some(None) if patient => return Choice::Wait,
+        Some(Some(home)) if home.state == WorkerState::Starting && patient => {
+            return Choice::Wait;
+        }
+        Some(Some(home))
+            if matches!(home.state, WorkerState::Serving | WorkerState::Full)
+                && !home.passed_over
+                && !home.exhausted =>
+        {
+            return if home.window + home.reserve > 0 {
+                Choice::Worker(home.worker)
+            } else {
+                Choice::Wait
+            };
+        }
+        _ => {}
     }
     let serving = |worker: u32| {
         standings
@@ -352,10 +363,14 @@ impl Router {
     }
 
     fn route_waiting(&mut self) {
+        if !self.affinity.is_known() {
+            return;
+        }
         let mut unplaced = VecDeque::new();
         while let Some(connection) = self.waiting.pop_front() {
             let home = self.affinity.of(&connection.key.to_string());
-            match choose(&connection.key, home, &self.standings()) {
+            let patient = connection.since.elapsed() < PATIENCE;
+            match choose(&connection.key, home, &self.standings(), patient) {
                 Choice::Worker(worker) => {
                     if let Some(connection) = self.hand_over(worker, connection) {
                         unplaced.push_back(connection);
@@ -419,7 +434,7 @@ impl Router {
     }
 
     fn set_gate(&self) {
-        let open = self.waiting.len() < WAITING && {
+        let open = self.affinity.is_known() && self.waiting.len() < WAITING && {
             let standings = self.standings();
             standings
                 .iter()
@@ -491,14 +506,14 @@ mod tests {
     #[test]
     fn without_sessions_the_hash_decides_and_a_full_worker_is_passed_over() {
         let all = [0, 1, 2].map(|worker| standing(worker, Serving, 1));
-        let Choice::Worker(first) = choose(&key(1), None, &all) else {
+        let Choice::Worker(first) = choose(&key(1), None, &all, true) else {
             panic!("no worker")
         };
         let full = all.map(|s| match s.worker == first {
             true => standing(s.worker, Full, 0),
             false => s,
         });
-        let Choice::Worker(second) = choose(&key(1), None, &full) else {
+        let Choice::Worker(second) = choose(&key(1), None, &full, true) else {
             panic!("no worker")
         };
         assert_ne!(first, second);
@@ -507,14 +522,14 @@ mod tests {
     #[test]
     fn a_worker_that_has_yet_to_acknowledge_others_is_waited_for() {
         let all = [0, 1, 2].map(|worker| standing(worker, Serving, 1));
-        let Choice::Worker(first) = choose(&key(1), None, &all) else {
+        let Choice::Worker(first) = choose(&key(1), None, &all, true) else {
             panic!("no worker")
         };
         let busy = all.map(|s| Standing {
             window: u32::from(s.worker != first),
             ..s
         });
-        assert_eq!(choose(&key(1), None, &busy), Choice::Wait);
+        assert_eq!(choose(&key(1), None, &busy, true), Choice::Wait);
     }
 
     #[test]
@@ -528,7 +543,20 @@ mod tests {
                     ..standing(worker, state, u32::from(state == Serving))
                 }
             });
-            assert_eq!(choose(&key(1), Some(home), &all), Choice::Worker(home));
+            assert_eq!(
+                choose(&key(1), Some(home), &all, true),
+                Choice::Worker(home)
+            );
+        }
+    }
+
+    #[test]
+    fn an_address_waits_a_while_for_its_worker_to_open_its_hand_off_stream() {
+        let absent = vec![standing(1, Serving, 5)];
+        let starting = vec![standing(0, Starting, 0), standing(1, Serving, 5)];
+        for others in [absent, starting] {
+            assert_eq!(choose(&key(1), Some(0), &others, true), Choice::Wait);
+            assert_eq!(choose(&key(1), Some(0), &others, false), Choice::Worker(1));
         }
     }
 
@@ -539,21 +567,21 @@ mod tests {
             ..standing(0, Serving, 0)
         };
         let all = [busy, standing(1, Serving, 5)];
-        assert_eq!(choose(&key(1), Some(0), &all), Choice::Wait);
+        assert_eq!(choose(&key(1), Some(0), &all, true), Choice::Wait);
     }
 
     #[test]
     fn an_address_whose_worker_has_used_up_its_reserve_keeps_nobody_waiting() {
         let all = [standing(0, Full, 0), standing(1, Serving, 5)];
-        assert_eq!(choose(&key(1), Some(0), &all), Choice::Worker(1));
+        assert_eq!(choose(&key(1), Some(0), &all, true), Choice::Worker(1));
         let all = [standing(0, Full, 0), standing(1, Full, 0)];
-        assert_eq!(choose(&key(1), Some(0), &all), Choice::Refuse);
+        assert_eq!(choose(&key(1), Some(0), &all, true), Choice::Refuse);
     }
 
     #[test]
     fn a_worker_that_drains_or_is_silent_keeps_nobody() {
         let draining = [standing(0, Draining, 0), standing(1, Serving, 5)];
-        assert_eq!(choose(&key(1), Some(0), &draining), Choice::Worker(1));
+        assert_eq!(choose(&key(1), Some(0), &draining, true), Choice::Worker(1));
         let silent = [
             Standing {
                 passed_over: true,
@@ -561,15 +589,15 @@ mod tests {
             },
             standing(1, Serving, 5),
         ];
-        assert_eq!(choose(&key(1), Some(0), &silent), Choice::Worker(1));
+        assert_eq!(choose(&key(1), Some(0), &silent, true), Choice::Worker(1));
     }
 
     #[test]
     fn only_when_all_are_full_a_client_is_refused() {
         let full = [standing(0, Full, 0), standing(1, Full, 0)];
-        assert_eq!(choose(&key(1), None, &full), Choice::Refuse);
+        assert_eq!(choose(&key(1), None, &full, true), Choice::Refuse);
         let starting = [standing(0, Full, 0), standing(1, Starting, 0)];
-        assert_eq!(choose(&key(1), None, &starting), Choice::Wait);
-        assert_eq!(choose(&key(1), None, &[]), Choice::Wait);
+        assert_eq!(choose(&key(1), None, &starting, true), Choice::Wait);
+        assert_eq!(choose(&key(1), None, &[], true), Choice::Wait);
     }
 }

@@ -15,6 +15,8 @@ use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
+use crate::presence::Numbered;
+
 /// The most messages that one [`Store::read`] returns.
 pub const PAGE_LIMIT: u32 = 200;
 
@@ -157,6 +159,8 @@ pub enum BusEvent {
         /// Who types.
         user: String,
     },
+    /// Something changed in who is online.
+    Presence(Numbered),
     /// The subscription was interrupted: anything may have been missed on any channel, and
     /// every channel is to be subscribed to again.
     Interrupted,

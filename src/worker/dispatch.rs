@@ -5,6 +5,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::RwLock;
@@ -19,7 +20,7 @@ use super::socket::session::{self, JoinAnswer};
 use super::socket::wire::{self, Connection};
 use crate::control::{Command, Ending, FromMaster, FromWorker, JoinedElsewhere};
 use crate::presence::{Event, Notice, Numbered, Position, Received, Replica, Snapshot, Status};
-use crate::store::{BusEvent, PAGE_LIMIT, Page, Range, Store, StoreError};
+use crate::store::{BusEvent, BusSink, PAGE_LIMIT, Page, Range, Store, StoreError};
 use crate::systemd;
 
 /// Items waiting for the loop.
@@ -148,6 +149,26 @@ impl Dispatch {
     /// Queues an item; `None` if the loop has stopped.
     pub async fn send(&self, item: Item) -> Option<()> {
         self.items.send(item).await.ok()
+    }
+
+    /// A sink for a bus, which must not wait: what the loop has no room for is dropped, and made
+    /// good as an interruption of the bus once there is room.
+    pub fn sink(&self) -> BusSink {
+        let items = self.items.clone();
+        let behind = Arc::new(AtomicBool::new(false));
+        Arc::new(move |event| {
+            if items.try_send(Item::Bus(event)).is_err() && !behind.swap(true, Ordering::AcqRel) {
+                let (items, behind) = (items.clone(), behind.clone());
+                tokio::spawn(async move {
+                    if let Ok(room) = items.reserve().await {
+                        // From here on a drop is another interruption.
+                        behind.store(false, Ordering::Release);
+                        room.send(Item::Bus(BusEvent::Interrupted));
+                    }
+                });
+            }
+            true
+        })
     }
 
     /// What the worker knows, once everything queued before has been applied.
@@ -665,6 +686,7 @@ impl Loop {
                     }
                 }
             }
+            BusEvent::Presence(numbered) => self.event(&numbered),
             BusEvent::Interrupted => {
                 let channels: Vec<String> = self
                     .rooms

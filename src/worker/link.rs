@@ -153,12 +153,15 @@ pub struct Identity {
 }
 
 /// Makes a link; nothing moves until [`Connector::run`].
-pub fn new(identity: Identity, control: PathBuf) -> (Link, Connector) {
+///
+/// `carries_bus` says whether the store's bus comes through the link.
+pub fn new(identity: Identity, control: PathBuf, carries_bus: bool) -> (Link, Connector) {
     let (asks, asks_rx) = mpsc::channel(QUEUE);
     let (connected_tx, connected) = watch::channel(false);
     let connector = Connector {
         identity,
         control,
+        carries_bus,
         asks: asks_rx,
         connected: connected_tx,
         unanswered: BTreeMap::new(),
@@ -177,6 +180,7 @@ struct Unanswered {
 pub struct Connector {
     identity: Identity,
     control: PathBuf,
+    carries_bus: bool,
     asks: mpsc::Receiver<Ask>,
     connected: watch::Sender<bool>,
     unanswered: BTreeMap<u64, Unanswered>,
@@ -308,11 +312,11 @@ impl Connector {
             .send(Item::Master(welcome))
             .await
             .ok_or(Broken::Stopped)?;
-        // The master's bus knows nothing of what this worker was subscribed to.
-        dispatch
-            .send(Item::Bus(BusEvent::Interrupted))
-            .await
-            .ok_or(Broken::Stopped)?;
+        if self.carries_bus {
+            // The master's bus knows nothing of what this worker was subscribed to.
+            let interrupted = Item::Bus(BusEvent::Interrupted);
+            dispatch.send(interrupted).await.ok_or(Broken::Stopped)?;
+        }
         self.unanswered
             .retain(|_, question| !question.answer.is_closed());
         for question in self.unanswered.values() {

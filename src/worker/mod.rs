@@ -28,9 +28,11 @@ use tokio_util::task::TaskTracker;
 
 use crate::ConfigError;
 use crate::cli::{LimitArgs, WorkerArgs};
+use crate::config;
 use crate::limits::KeyedBuckets;
 use crate::secret::JwtSecret;
 use crate::store::Store;
+use crate::store::redis::RedisStore;
 use crate::store::remote::ControlStore;
 use crate::systemd;
 use dispatch::Dispatch;
@@ -53,6 +55,8 @@ pub struct App {
     pub limits: LimitArgs,
     /// Users, channels, messages.
     pub store: Arc<dyn Store>,
+    /// The store, where it is a Redis of its own.
+    pub redis: Option<Arc<RedisStore>>,
     /// The way to the master.
     pub link: Link,
     /// The dispatch loop.
@@ -129,13 +133,26 @@ pub async fn run(args: WorkerArgs) -> anyhow::Result<()> {
     let stop = CancellationToken::new();
     let (ready, draining) = (CancellationToken::new(), CancellationToken::new());
     let tasks = TaskTracker::new();
-    let (link, connector) = link::new(identity.clone(), runtime_dir.join("control.sock"));
+    let redis = config::redis(&args.redis)?;
+    let control = runtime_dir.join(systemd::CONTROL_SOCKET);
+    let (link, connector) = link::new(identity.clone(), control, redis.is_none());
     let (dispatch, items) = dispatch::new();
-    let store: Arc<dyn Store> = Arc::new(ControlStore::new(link.clone()));
+    let redis = match redis {
+        Some(settings) => {
+            let store = RedisStore::connect(settings, dispatch.sink()).await;
+            Some(store.map_err(ConfigError::new)?)
+        }
+        None => None,
+    };
+    let store: Arc<dyn Store> = match &redis {
+        Some(store) => store.clone(),
+        None => Arc::new(ControlStore::new(link.clone())),
+    };
     let app = Arc::new(App {
         identity: identity.clone(),
         limits: args.limits.clone(),
         store: store.clone(),
+        redis: redis.clone(),
         link: link.clone(),
         dispatch: dispatch.clone(),
         tokens: Tokens::new(&secret),
@@ -148,10 +165,22 @@ pub async fn run(args: WorkerArgs) -> anyhow::Result<()> {
     let connections = intake::Connections::new();
     let dispatching = dispatch::Loop::new(dispatch.clone(), identity.clone(), link, store);
     tasks.spawn(dispatching.run(items, ready.clone(), stop.clone()));
-    tasks.spawn(connector.run(dispatch, stop.clone()));
+    tasks.spawn({
+        let stop = stop.clone();
+        async move {
+            // First the subscription, then the snapshot. Without Redis it goes on all the same:
+            // who is online is learnt by ticks, and people can at least come in.
+            if let Some(redis) = &redis
+                && let Err(error) = redis.watch_presence().await
+            {
+                tracing::warn!(%error, "starting without Redis");
+            }
+            connector.run(dispatch, stop).await;
+        }
+    });
     let intake = intake::Intake {
         identity: identity.clone(),
-        handoff: runtime_dir.join("handoff.sock"),
+        handoff: runtime_dir.join(systemd::HANDOFF_SOCKET),
         capacity: intake::Capacity::of(args.limits.max_connections, args.limits.max_per_address),
         connections: connections.clone(),
         router: http::router(app),

@@ -25,6 +25,7 @@ use super::connection::{
 };
 use super::seen::Seen;
 use super::wire::{self, Heard};
+use crate::presence::Numbered;
 use crate::store::{BusEvent, BusSink, StoreError};
 
 /// How many subscriptions may wait to be confirmed; more wait for room.
@@ -55,11 +56,19 @@ struct Order {
 
 impl Bus {
     /// Starts listening. `probe` is a topic that nobody else uses.
-    pub(super) fn new(server: Arc<Server>, probe: String, sink: BusSink, seen: Arc<Seen>) -> Self {
+    /// `presence` is the topic of [`watch_presence`](Self::watch_presence).
+    pub(super) fn new(
+        server: Arc<Server>,
+        probe: String,
+        presence: String,
+        sink: BusSink,
+        seen: Arc<Seen>,
+    ) -> Self {
         let shared = Arc::new(Shared {
             sink,
             seen,
             probe,
+            presence,
             echoed: AtomicBool::new(false),
             delivery: Mutex::new(()),
             table: Mutex::new(Table::default()),
@@ -106,6 +115,29 @@ impl Bus {
         timely.unwrap_or_else(|_| Err(unreachable()))
     }
 
+    /// Starts delivery of changes of who is online, for good.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError::Unavailable`] if Redis cannot be reached; it starts as soon as it can all the
+    /// same.
+    pub(super) async fn watch_presence(&self) -> Result<(), StoreError> {
+        let topic = &self.shared.presence;
+        self.shared.table.lock().topics.insert(
+            topic.clone(),
+            Topic {
+                channel: String::new(),
+                serial: 0,
+                state: State::Open { floor: 0 },
+            },
+        );
+        let confirmed = timeout(PATIENCE, async {
+            while self.confirmation(topic).await?.is_none() {}
+            Ok(())
+        });
+        confirmed.await.unwrap_or_else(|_| Err(unreachable()))
+    }
+
     /// Ends delivery of a channel's events, at once.
     pub(super) fn unsubscribe(&self, topic: &str) {
         self.shared.close_if(topic, |_| true);
@@ -139,7 +171,9 @@ struct Shared {
     seen: Arc<Seen>,
     /// The topic by which the connection proves that it hears.
     probe: String,
-    /// Whether it was heard since the last look.
+    /// The topic of who is online.
+    presence: String,
+    /// Whether the probe was heard since the last look.
     echoed: AtomicBool,
     /// Held while the sink is called, so that a connection that ends and the one that follows
     /// never deliver at the same time.
@@ -257,6 +291,13 @@ impl Shared {
             self.echoed.store(true, Ordering::Relaxed);
             return;
         }
+        if topic == self.presence {
+            match serde_json::from_slice(&payload) {
+                Ok(numbered) => self.deliver_presence(epoch, numbered),
+                Err(error) => tracing::warn!(%error, "a change of who is online is malformed"),
+            }
+            return;
+        }
         let Some(heard) = wire::heard(payload) else {
             tracing::warn!(topic, "something else than Banter publishes on its topics");
             return;
@@ -276,6 +317,19 @@ impl Shared {
                 let current = table.topics.get(&topic);
                 current.is_some_and(|current| current.serial == serial)
             });
+        }
+    }
+
+    /// Gives the subscriber a change of who is online. It notices by the numbers what it lacks, so
+    /// nothing has to follow where it cannot keep up.
+    fn deliver_presence(&self, epoch: u64, numbered: Numbered) {
+        let _delivery = self.delivery.lock();
+        let current = {
+            let table = self.table.lock();
+            !table.closed && table.epoch == epoch
+        };
+        if current {
+            (self.sink)(BusEvent::Presence(numbered));
         }
     }
 

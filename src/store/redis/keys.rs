@@ -12,6 +12,8 @@
 //! | `{P}:messages:KEY` | stream: a message's id is that of its entry, `ID-0` |
 //! | `{P}:nonce:HASH` | string: `ID DATE` of the message posted with it; expires |
 //! | `{P}:topic:KEY` | pub/sub: a channel's messages, and who types |
+//! | `{P}:presence` | pub/sub: the master's numbered changes of who is online |
+//! | `{P}:master` | string: which master holds the lease; expires |
 //! | `{P}:probe:RANDOM` | pub/sub: what a subscriber connection sends to itself |
 //!
 //! `KEY` is the channel's key in base64url, since it may hold anything.
@@ -72,6 +74,16 @@ impl Keys {
             self.tag,
             URL_SAFE_NO_PAD.encode(hash.finalize())
         )
+    }
+
+    /// Where the master publishes who is online.
+    pub(super) fn presence(&self) -> String {
+        format!("{}presence", self.tag)
+    }
+
+    /// The lease of the master.
+    pub(super) fn lease(&self) -> String {
+        format!("{}master", self.tag)
     }
 
     /// A topic that nobody else uses.

@@ -9,6 +9,7 @@
 //! | `wire.rs` | what is put into Redis for a message, and what comes over a topic |
 //! | `bus.rs` | the connection that listens, and who hears what |
 //! | `seen.rs` | the highest ids seen, for a Redis that has lost some |
+//! | `lease.rs` | one master for each prefix |
 //! | `inspect.rs` | whether Redis is set up to keep what it is given |
 //!
 //! There are two connections: one that all requests share, and one that listens to all topics, so
@@ -22,6 +23,7 @@ mod bus;
 mod connection;
 mod inspect;
 mod keys;
+mod lease;
 mod scripts;
 mod seen;
 mod wire;
@@ -39,7 +41,10 @@ use serde_json::value::RawValue;
 use self::bus::Bus;
 use self::connection::{Commands, Server};
 use self::keys::Keys;
+pub use self::lease::{Lease, LeaseError};
 use self::seen::Seen;
+use crate::presence::Numbered;
+
 use super::{
     BUILT_IN_CHANNELS, BusSink, Channel, Message, NONCE_MEMORY, NewMessage, PAGE_LIMIT, Page,
     Posted, Range, Store, StoreError, User,
@@ -186,7 +191,13 @@ impl RedisStore {
             commands: Commands::new(Arc::clone(&server), first, |connection| {
                 inspect::inspect(connection, address)
             }),
-            bus: Bus::new(server, keys.probe(), sink, Arc::clone(&seen)),
+            bus: Bus::new(
+                server,
+                keys.probe(),
+                keys.presence(),
+                sink,
+                Arc::clone(&seen),
+            ),
             keys,
             retention,
             seen,
@@ -196,6 +207,35 @@ impl RedisStore {
     /// Whether there is a connection to Redis at this moment.
     pub fn connected(&self) -> bool {
         self.commands.connected()
+    }
+
+    /// Starts delivery of the changes of who is online that a master publishes, as
+    /// [`BusEvent::Presence`](super::BusEvent::Presence).
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError::Unavailable`] if Redis cannot be reached; delivery starts as soon as it can
+    /// all the same.
+    pub async fn watch_presence(&self) -> Result<(), StoreError> {
+        self.bus.watch_presence().await
+    }
+
+    /// Publishes a change of who is online. Not repeated if it fails: subscribers notice a gap.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError::Unavailable`] if Redis cannot be reached.
+    pub async fn publish_presence(&self, numbered: &Numbered) -> Result<(), StoreError> {
+        let payload = serde_json::to_vec(numbered)
+            .map_err(|error| StoreError::Unavailable(error.to_string()))?;
+        let mut publish = redis::cmd("PUBLISH");
+        publish.arg(self.keys.presence()).arg(payload);
+        let publish = &publish;
+        self.commands
+            .run_now("publishing who is online", |mut connection| async move {
+                publish.query_async(&mut connection).await
+            })
+            .await
     }
 
     /// Runs a script.
@@ -225,6 +265,15 @@ impl RedisStore {
             .await?;
         Ok(last.unwrap_or(0))
     }
+}
+
+/// The address in a URL, without user and password.
+///
+/// # Errors
+///
+/// [`SettingsError::Url`] if it is malformed.
+pub fn shown_address(url: &str) -> Result<String, SettingsError> {
+    Ok(address::shown(address::parse(url)?.addr()))
 }
 
 /// The error for a Redis that will not do.

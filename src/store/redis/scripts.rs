@@ -30,4 +30,8 @@ scripts! {
     READ = "read";
     /// Finds the last message before a time.
     LAST_BEFORE = "last_before";
+    /// Takes or renews the lease of the master.
+    LEASE = "lease";
+    /// Gives the lease back.
+    RELEASE = "release";
 }

@@ -14,15 +14,19 @@ use crate::worker::App;
 pub async fn read(State(app): State<Arc<App>>) -> Response {
     let worker = app.identity.worker;
     let version = env!("CARGO_PKG_VERSION");
-    if app.link.is_connected() {
-        Json(json!({ "status": "ok", "worker": worker, "version": version })).into_response()
+    let problem = if !app.link.is_connected() {
+        "The master is not reachable"
+    } else if app.redis.as_ref().is_some_and(|redis| !redis.connected()) {
+        "Redis is not reachable"
     } else {
-        let body = json!({
-            "status": "unavailable",
-            "error": "The master is not reachable",
-            "worker": worker,
-            "version": version,
-        });
-        (StatusCode::SERVICE_UNAVAILABLE, Json(body)).into_response()
-    }
+        return Json(json!({ "status": "ok", "worker": worker, "version": version }))
+            .into_response();
+    };
+    let body = json!({
+        "status": "unavailable",
+        "error": problem,
+        "worker": worker,
+        "version": version,
+    });
+    (StatusCode::SERVICE_UNAVAILABLE, Json(body)).into_response()
 }
