@@ -43,7 +43,7 @@ suite('connections', { workers: 2, env: { BANTER_GRACE: '1', BANTER_PING_INTERVA
     for (const bytes of ['', 'GET /health HTTP/1.1\r\n', 'GET /health HTTP/1.1\r\nHost: x\r\nX-Slow: ', 'POST /auth/login HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{"name"']) {
       const start = performance.now();
       const closed = raw(banter().port, bytes, { localAddress: '127.0.12.1', deadline: 90_000 })
-        .then(() => performance.now() - start, (error) => error);
+        .then((answer) => ({ answer, took: performance.now() - start }), (error) => error);
       slow.push({ bytes, closed });
     }
     assert.strictEqual((await hello('127.0.12.1')).status, 200, 'they are in nobody\'s way');
@@ -174,9 +174,17 @@ suite('connections', { workers: 2, env: { BANTER_GRACE: '1', BANTER_PING_INTERVA
 
   scenario('connections that never finish their request are closed by the server', async () => {
     for (const { bytes, closed } of slow) {
-      const took = await closed;
-      assert.ok(!(took instanceof Error), `after saying ${JSON.stringify(bytes)}: ${took.message}`);
+      const outcome = await closed;
+      assert.ok(!(outcome instanceof Error), `after saying ${JSON.stringify(bytes)}: ${outcome.message}`);
+      const { answer, took } = outcome;
       console.log(`    ${JSON.stringify(bytes.slice(0, 40))}: closed after ${(took / 1000).toFixed(1)} s`);
+      if (!bytes.startsWith('POST')) continue;
+      assert.ok(took < 40_000, `a body that is never finished: ${took.toFixed(0)} ms`);
+      const [head, body] = answer.split('\r\n\r\n');
+      assert.match(head, /^HTTP\/1\.1 408 /);
+      assert.match(head, /^content-type: application\/json/im);
+      assert.match(head, /^access-control-allow-origin: \*/im);
+      assert.strictEqual(typeof JSON.parse(body).error, 'string');
     }
   }, { timeout: 120_000 });
 });

@@ -192,7 +192,17 @@ class Banter {
 
   /** Client addresses, by the worker that serves them: each is used once only. */
   async addressOfWorker(number) {
-    this.addresses ??= { next: 2, spare: new Map() };
+    if (!this.addresses) {
+      // Until all workers serve, addresses go to those that do.
+      this.addresses = { next: 2, spare: new Map() };
+      const seen = new Set();
+      for (let host = 2; host < 255 && seen.size < this.options.workers; host++) {
+        await until(`127.0.16.${host} is served`, async () => {
+          const worker = await this.workerOfAddress(`127.0.16.${host}`);
+          return worker !== undefined && seen.add(worker);
+        });
+      }
+    }
     const { spare } = this.addresses;
     for (;;) {
       const known = spare.get(number);
