@@ -23,7 +23,7 @@ endef
 # Root needs no sudo; without a terminal sudo must not ask.
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo -n)
 
-.PHONY: help run build test test-unit test-clients bench fmt lint advisories install-node install-test-deps install-bench-deps
+.PHONY: help run build test test-unit test-clients test-redis bench fmt lint advisories install-node install-test-deps install-bench-deps
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 20
@@ -34,7 +34,7 @@ run: ## Build and run a server on port 8000 (make run ARGS="--port 9000 --worker
 build: ## Build the binary that the client tests run
 	@$(CARGO) build --locked
 
-test: test-unit test-clients ## Run all tests
+test: test-unit test-clients test-redis ## Run all tests
 
 test-unit: install-redis-server ## Run the tests of the crate
 	@log=$$(mktemp)
@@ -45,7 +45,16 @@ test-unit: install-redis-server ## Run the tests of the crate
 	[ "$$passed" -gt 0 ] || { echo "make test-unit: no test ran" >&2; exit 1; }
 
 test-clients: install-test-deps build ## Run real Socket.IO clients of four major versions against the binary
-	@BANTER_BIN="$${BANTER_BIN:-$(abspath $(TARGET_DIR))/debug/banter}" node $(CLIENTS)/run.js $(FILES)
+	@export BANTER_BIN="$${BANTER_BIN:-$(abspath $(TARGET_DIR))/debug/banter}"
+	node $(CLIENTS)/run.js $(FILES)
+
+test-redis: install-test-deps build ## Run them with Redis as the store, which misbehaves; on one, two and four workers
+	@export BANTER_BIN="$${BANTER_BIN:-$(abspath $(TARGET_DIR))/debug/banter}" BANTER_TEST_STORE=redis
+	BANTER_TEST_WORKERS=2 node $(CLIENTS)/run.js $(FILES)
+	[ -z "$(FILES)" ] || exit 0
+	for workers in 1 4; do
+		BANTER_TEST_WORKERS=$$workers node $(CLIENTS)/run.js $(CLIENTS)/chat.test.js $(CLIENTS)/order.test.js
+	done
 
 install-node: ## Install Node.js where it is missing
 	@if ! { command -v node && command -v npm; } >/dev/null; then

@@ -24,7 +24,7 @@ const TEXTS = {
   'escape characters': '\u0001\u007f\ufffd',
 };
 
-suite('chat', { workers: 1, env: { BANTER_GRACE: '2' } }, (scenario, banter) => {
+suite('chat', { env: { BANTER_GRACE: '2' } }, (scenario, banter) => {
   for (const version of VERSIONS) {
     for (const transport of TRANSPORTS) {
       const other = { version: (version % 4) + 1, transport: TRANSPORTS[(TRANSPORTS.indexOf(transport) + 1) % 3] };

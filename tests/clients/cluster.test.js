@@ -331,7 +331,7 @@ suite('two workers', { workers: 2, env: { BANTER_GRACE: '8' } }, (scenario, bant
 
 describe('state', () => {
   test('accounts, channels, messages, ids and the generated secret survive a restart', { timeout: 120_000 }, async () => {
-    const banter = await startBanter({ workers: 1, env: { JWT_SECRET: undefined } });
+    const banter = await startBanter({ env: { JWT_SECRET: undefined } });
     try {
       const key = banter.key('räum');
       let world = new World(banter);

@@ -8,7 +8,7 @@ const { assertLike } = require('./lib/like.js');
 const dense = (ids) => ids.every((id, i) => i === 0 || id === ids[i - 1] + 1);
 const LIMIT = 16 * 1024;
 
-suite('posting', { workers: 1 }, (scenario, banter) => {
+suite('posting', {}, (scenario, banter) => {
   for (const { version, transport } of [
     { version: 1, transport: 'websocket' },
     { version: 2, transport: 'polling' },
@@ -297,7 +297,7 @@ suite('posting', { workers: 1 }, (scenario, banter) => {
   });
 });
 
-suite('rate of posts', { workers: 1, env: { BANTER_POST_RATE: '2' } }, (scenario, banter) => {
+suite('rate of posts', { env: { BANTER_POST_RATE: '2' } }, (scenario, banter) => {
   scenario('posting beyond the rate is refused with retryAfter, and waiting that long helps', async (world) => {
     const key = banter().key();
     const ann = await world.person('ann');

@@ -38,7 +38,7 @@ async function refused(banter, status, method, path, options, text) {
   return answer;
 }
 
-suite('REST', { workers: 1 }, (scenario, banter) => {
+suite('REST', {}, (scenario, banter) => {
   const register = (body, options) => ['POST', '/auth/register', { body, ...options }];
 
   scenario('registering gives a token of one week that works, and expiresIn is its expiry in milliseconds', async () => {

@@ -35,7 +35,7 @@ async function rumours(world, banter, { key, bob, heard, ann }) {
 // Heartbeats are short, so that a polling client that fell silent is noticed soon.
 const LIVELY = { BANTER_PING_INTERVAL: '1', BANTER_PING_TIMEOUT: '2' };
 
-suite('lost and resumed', { workers: 1, env: { ...LIVELY, BANTER_GRACE: '15' } }, (scenario, banter) => {
+suite('lost and resumed', { env: { ...LIVELY, BANTER_GRACE: '15' } }, (scenario, banter) => {
   for (const version of VERSIONS) {
     for (const transport of TRANSPORTS) {
       const title = `client ${version} over ${transport}`;
@@ -228,7 +228,7 @@ suite('lost and resumed', { workers: 1, env: { ...LIVELY, BANTER_GRACE: '15' } }
   });
 });
 
-suite('grace', { workers: 1, env: { ...LIVELY, BANTER_GRACE: '2' } }, (scenario, banter) => {
+suite('grace', { env: { ...LIVELY, BANTER_GRACE: '2' } }, (scenario, banter) => {
   for (const { version, transport } of [
     { version: 1, transport: 'websocket' },
     { version: 2, transport: 'polling' },

@@ -1,13 +1,18 @@
 'use strict';
-// The fixture: the real binary, on a free port with a state directory of its own, waited for by its
-// health check and stopped by signal, whatever became of the test.
+// The fixture: the real binary, on a free port with a state directory (and a Redis) of its own, waited
+// for by its health check and stopped by signal, whatever became of the test.
+//
+// Two variables of the environment say what tests run against that have no needs of their own:
+//   BANTER_TEST_STORE    embedded (the default) or redis
+//   BANTER_TEST_WORKERS  how many workers (1)
 
 const { spawn } = require('node:child_process');
 const fs = require('node:fs');
-const net = require('node:net');
 const os = require('node:os');
 const path = require('node:path');
 const assert = require('node:assert');
+const { freePort } = require('./ports.js');
+const { startRedis } = require('./redis.js');
 const { request } = require('./rest.js');
 const { until } = require('./wait.js');
 
@@ -18,22 +23,16 @@ const START_DEADLINE = 30_000;
 const STOP_DEADLINE = 12_000;
 /** The secret that servers of this suite sign with, unless a test says otherwise. */
 const SECRET = 'a secret of the client tests, long enough';
+/** The store of tests that leave it open. */
+const STORE = process.env.BANTER_TEST_STORE ?? 'embedded';
+if (!['embedded', 'redis'].includes(STORE)) throw new Error(`BANTER_TEST_STORE: ${STORE}; expected embedded or redis`);
+/** The workers of tests that leave them open. */
+const WORKERS = Number(process.env.BANTER_TEST_WORKERS ?? 1);
 
 /** Running servers, so that none outlives this process. */
 const running = new Set();
 process.on('exit', () => running.forEach((banter) => banter.killEverything()));
 for (const signal of ['SIGINT', 'SIGTERM', 'SIGHUP']) process.on(signal, () => process.exit(1));
-
-function freePort() {
-  return new Promise((resolve, reject) => {
-    const server = net.createServer();
-    server.on('error', reject);
-    server.listen(0, '127.0.0.1', () => {
-      const { port } = server.address();
-      server.close(() => resolve(port));
-    });
-  });
-}
 
 /** Every process as `{pid, parent, args}`, zombies left out. */
 function processes() {
@@ -55,9 +54,14 @@ function processes() {
 }
 
 class Banter {
-  constructor({ workers = 1, env = {}, args = [], stateDir } = {}) {
-    this.options = { workers, env, args };
-    this.ownsState = stateDir === undefined;
+  /**
+   * `store`: embedded or redis. `redis`: a Redis of the caller's, instead of one that comes and goes
+   * with the server; `redisUrl`: the way to it, if not the usual one. `workers`: how many.
+   */
+  constructor({ workers = WORKERS, store = STORE, redis, redisUrl, env = {}, args = [], stateDir } = {}) {
+    this.options = { workers, store, redisUrl, env, args };
+    this.redis = redis;
+    this.ownsRedis = store === 'redis' && redis === undefined;
     this.home = fs.mkdtempSync(path.join(os.tmpdir(), 'banter-test-'));
     this.stateDir = stateDir ?? path.join(this.home, 'state');
     this.output = [];
@@ -69,6 +73,7 @@ class Banter {
       throw new Error(`${BINARY} is missing: run \`cargo build\`, or set BANTER_BIN`);
     }
     fs.mkdirSync(this.stateDir, { recursive: true });
+    if (this.ownsRedis) this.redis ??= await startRedis();
     // A free port may be taken by someone else before we get to it: then try another.
     for (let attempt = 1; ; attempt++) {
       try {
@@ -100,6 +105,7 @@ class Banter {
       // Limits have tests of their own; elsewhere they would only be in the way.
       BANTER_AUTH_RATE: '0',
       BANTER_POST_RATE: '0',
+      REDIS_URL: this.options.store === 'redis' ? this.options.redisUrl ?? this.redis.url : undefined,
       ...this.options.env,
     });
     for (const key of Object.keys(env)) if (env[key] === undefined) delete env[key];
@@ -276,14 +282,20 @@ class Banter {
     }
   }
 
-  /** Stops the server and removes its directories. Anything that panicked is a failure. */
+  /** Stops the server and removes what it kept. Anything that panicked is a failure. */
   async stop() {
     try {
       await this.terminate();
     } finally {
-      fs.rmSync(this.home, { recursive: true, force: true });
+      await this.remove();
     }
     assert.doesNotMatch(this.logs(), /panicked at/, 'a panic in the log');
+  }
+
+  async remove() {
+    this.killEverything();
+    fs.rmSync(this.home, { recursive: true, force: true });
+    if (this.ownsRedis) await this.redis?.stop();
   }
 
   /** Stops and starts it again, same state directory, on a new port. */
@@ -300,10 +312,9 @@ async function startBanter(options) {
   try {
     return await banter.start();
   } catch (error) {
-    banter.killEverything();
-    fs.rmSync(banter.home, { recursive: true, force: true });
+    await banter.remove();
     throw error;
   }
 }
 
-module.exports = { startBanter, SECRET, BINARY };
+module.exports = { Banter, startBanter, SECRET, STORE, WORKERS, BINARY };

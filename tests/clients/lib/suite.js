@@ -3,21 +3,24 @@
 // server after all; a test that fails shows what the server logged meanwhile.
 
 const { test, before, after, describe } = require('node:test');
-const { startBanter } = require('./banter.js');
+const { startBanter, STORE, WORKERS } = require('./banter.js');
 const { Client } = require('./client.js');
 
 const TEST_TIMEOUT = 120_000;
 
 /** What a test gets: the server, and the means to make people and connections. */
 class World {
-  constructor(banter) {
+  constructor(banter, { spread = false } = {}) {
     this.banter = banter;
+    this.spread = spread;
     this.clients = [];
   }
 
   /** A client that is not connected yet. */
   client(options) {
-    const client = new Client(this.banter, options);
+    // From an address of its own it may be on any worker, and on another than REST from 127.0.0.1.
+    const localAddress = this.spread ? `127.0.64.${this.clients.length % 250 + 1}` : undefined;
+    const client = new Client(this.banter, { localAddress, ...options });
     this.clients.push(client);
     return client;
   }
@@ -53,11 +56,22 @@ class World {
   }
 }
 
+/** Says why tests that need this store are left out of this run, if they are. */
+const otherStore = (store) => store !== undefined && store !== STORE && `for BANTER_TEST_STORE=${store} only`;
+
 /**
  * A group of tests with one server. `define` gets `scenario(name, async (world) => …)`, and
- * `banter()` for what is the same in all of them.
+ * `banter()` for what is the same in all of them. With `store` among the options they are left out
+ * of runs with another one. Without `workers` there are as many as the run says, and clients come from
+ * different addresses if there are several.
  */
 function suite(title, options, define) {
+  const skip = otherStore(options.store);
+  if (skip) {
+    test(title, { skip });
+    return;
+  }
+  const spread = options.workers === undefined && WORKERS > 1;
   describe(title, () => {
     let banter;
     before(async () => {
@@ -66,7 +80,7 @@ function suite(title, options, define) {
     after(() => banter?.stop(), { timeout: 30_000 });
     const scenario = (name, body, { timeout = TEST_TIMEOUT } = {}) => {
       test(name, { timeout }, async () => {
-        const world = new World(banter);
+        const world = new World(banter, { spread });
         const logged = banter.output.length;
         try {
           await body(world);
@@ -83,4 +97,4 @@ function suite(title, options, define) {
   });
 }
 
-module.exports = { suite, World };
+module.exports = { suite, World, otherStore };
