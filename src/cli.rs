@@ -211,8 +211,8 @@ pub struct HealthArgs {
 /// `banter migrate`.
 #[derive(Debug, Clone, Args)]
 pub struct MigrateArgs {
-    /// The Redis to read: redis://[USER:PASSWORD@]HOST[:PORT][/DATABASE], rediss:// for TLS, or
-    /// unix:PATH. Nothing is written there.
+    /// The Redis to read: `redis://[USER:PASSWORD@]HOST[:PORT][/DATABASE]`, `rediss://` for TLS, or
+    /// `unix:PATH`. Nothing is written there.
     #[arg(
         long,
         env = "BANTER_MIGRATE_FROM",

@@ -27,8 +27,9 @@ use tempfile::TempDir;
 /// Long enough for a loaded machine; only a failing test waits for it.
 const DEADLINE: Duration = Duration::from_secs(60);
 
-/// What the accounts of [`Before`] are, which all have the password `hunter42`.
+/// Accounts of [`Before`], which all have the password `hunter42`.
 const USERS: usize = 300;
+/// Channels beside General.
 const CHANNELS: usize = 200;
 /// Messages of General, and of each other channel.
 const IN_GENERAL: u64 = 2500;
@@ -168,14 +169,14 @@ impl Before {
             .ignore();
         pipe.set("unrelated", "1").ignore();
         for n in 1..=IN_GENERAL {
-            let date = jiff::Timestamp::from_second(1_500_000_000 + n.cast_signed()).unwrap();
+            let date = posted_at(n);
             let date = match n {
                 100 => json!("yesterday"),
                 101 => json!(date.as_millisecond()),
                 102 => json!("2099-01-01T00:00:00.000Z"),
                 _ => json!(format!("{date:.3}")),
             };
-            let item = json!({"message": general(n), "user": "user2", "date": date});
+            let item = json!({"message": general_text(n), "user": "user2", "date": date});
             pipe.rpush("channel_msg__general", item.to_string())
                 .ignore();
             // All of these are left out.
@@ -281,7 +282,7 @@ impl Before {
                 102 => 101,
                 _ => n,
             };
-            let date = jiff::Timestamp::from_second(1_500_000_000 + dated).unwrap();
+            let date = posted_at(dated);
             assert_eq!(message["message"], general_text(n));
             assert_eq!(message["user"], "user2");
             assert_eq!(message["date"], format!("{date:.3}"));
@@ -302,13 +303,14 @@ impl Before {
     }
 }
 
-/// The text of General's message `n`.
-fn general(n: u64) -> String {
-    format!("message {n}: \"ä\u{0}\n😀\"")
+/// When General's message `n` was posted.
+fn posted_at(n: u64) -> jiff::Timestamp {
+    jiff::Timestamp::from_second(1_500_000_000 + n.cast_signed()).unwrap()
 }
 
-fn general_text(n: i64) -> String {
-    general(n.cast_unsigned())
+/// The text of General's message `n`.
+fn general_text(n: u64) -> String {
+    format!("message {n}: \"ä\u{0}\n😀\"")
 }
 
 /// All events of a channel; checks that their ids are dense.

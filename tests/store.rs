@@ -1208,6 +1208,27 @@ mod embedded {
         assert!(refusal(&a_directory).contains("for writing"));
     }
 
+    #[tokio::test]
+    async fn a_database_from_before_imports_is_brought_up_to_date() {
+        let (_directory, path) = place();
+        let store = Embedded::open(&path).unwrap();
+        let client: Arc<dyn Store> = Arc::new(store.client(deaf()));
+        post(&client, "c", "one").await;
+        store.shutdown().await;
+        // As it was then.
+        rusqlite::Connection::open(&path)
+            .unwrap()
+            .execute_batch("ALTER TABLE counters DROP COLUMN imported; PRAGMA user_version = 1;")
+            .unwrap();
+        let client = Embedded::open(&path).unwrap().client(deaf());
+        let (last, imported) = (1, 0);
+        let native = Err(ImportError::Native { last, imported });
+        assert_eq!(client.import("c", 1, batch(1..=1)).await, native);
+        assert_eq!(client.import("d", 1, batch(1..=2)).await, Ok(2));
+        let client: Arc<dyn Store> = Arc::new(client);
+        assert_eq!(post(&client, "c", "two").await.id, 2);
+    }
+
     #[test]
     fn a_database_that_another_program_holds_is_refused_with_what_to_do() {
         let (_directory, path) = place();

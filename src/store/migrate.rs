@@ -19,7 +19,6 @@ mod report;
 mod source;
 
 use std::collections::HashSet;
-use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::Context;
@@ -60,29 +59,21 @@ pub async fn run(args: MigrateArgs) -> anyhow::Result<()> {
             let store = RedisStore::connect(settings, Arc::new(|_| true))
                 .await
                 .map_err(ConfigError::new)?;
-            migrate(source, store).await
+            migrate(source, store).await?
         }
         _ => {
             let state_dir = systemd::state_dir(&StateArgs {
                 state_dir: args.state_dir,
                 redis_url: None,
             })?;
-            migrate_embedded(source, &state_dir.join("banter.db")).await
+            let store = Embedded::open(&state_dir.join("banter.db")).map_err(ConfigError::new)?;
+            let report = migrate(source, Arc::new(store.client(Arc::new(|_| true)))).await;
+            store.shutdown().await;
+            report?
         }
     };
-    let report = report.context(
-        "the migration is not finished; nothing is lost: run it again, and it goes on where it \
-         stopped",
-    );
-    crate::print_line(report?.to_string().trim_end());
+    crate::print_line(&report.to_string());
     Ok(())
-}
-
-async fn migrate_embedded(source: Source, path: &Path) -> anyhow::Result<Report> {
-    let store = Embedded::open(path).map_err(ConfigError::new)?;
-    let report = migrate(source, Arc::new(store.client(Arc::new(|_| true)))).await;
-    store.shutdown().await;
-    report
 }
 
 async fn migrate(source: Source, target: Arc<dyn Import>) -> anyhow::Result<Report> {
@@ -92,9 +83,10 @@ async fn migrate(source: Source, target: Arc<dyn Import>) -> anyhow::Result<Repo
         report: Report::default(),
         now: jiff::Timestamp::now().as_millisecond(),
     };
-    migration.users().await?;
-    migration.channels().await?;
-    migration.messages().await?;
+    migration.run().await.context(
+        "the migration is not finished, but nothing is lost: run it again, and it goes on where it \
+         stopped",
+    )?;
     Ok(migration.report)
 }
 
@@ -108,6 +100,12 @@ struct Migration {
 }
 
 impl Migration {
+    async fn run(&mut self) -> anyhow::Result<()> {
+        self.users().await?;
+        self.channels().await?;
+        self.messages().await
+    }
+
     async fn users(&mut self) -> anyhow::Result<()> {
         let progress = Progress::begin("users", None);
         // SCAN may tell of a key more than once.

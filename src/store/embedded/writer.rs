@@ -823,6 +823,38 @@ mod tests {
     }
 
     #[test]
+    fn an_import_that_fails_half_way_leaves_nothing_behind() {
+        let mut fixture = Fixture::new();
+        let sql = "CREATE TRIGGER trap AFTER INSERT ON messages WHEN new.user = 'mallory'
+                   BEGIN SELECT RAISE(ABORT, 'trapped'); END";
+        fixture.writer.connection.execute_batch(sql).unwrap();
+        let mut import = |first: u64, users: &[&str]| {
+            let messages = users.iter().map(|user| Imported {
+                user: (*user).to_owned(),
+                message: "text".to_owned(),
+                millis: 1,
+            });
+            let batch = Batch {
+                channel: "c".to_owned(),
+                first,
+                messages: messages.collect(),
+            };
+            let (reply, mut answer) = oneshot::channel();
+            fixture
+                .writer
+                .work(std::iter::once(Job::Import(batch, reply)));
+            answer.try_recv().unwrap()
+        };
+        let failed = Err(unavailable("the database failed"));
+        assert_eq!(import(1, &["anna", "bert", "mallory"]), failed);
+        assert_eq!(import(1, &["anna"]), Ok(Ok(1)));
+        assert_eq!(import(2, &["bert", "mallory"]), failed);
+        assert_eq!(import(1, &[]), Ok(Ok(1)));
+        assert_eq!(fixture.count("messages"), 1);
+        assert_eq!(fixture.post(message("bert", "1")).unwrap().id, 2);
+    }
+
+    #[test]
     fn it_works_again_once_a_full_disk_has_space_again() {
         let mut fixture = Fixture::new();
         let pages: i64 = fixture
