@@ -33,6 +33,8 @@ pub enum Command {
     Worker(WorkerArgs),
     /// Ask a running server whether it can serve; exits with 0 if so, else with 1.
     Health(HealthArgs),
+    /// Bring over the users, channels and messages of the Node.js chat server that came before.
+    Migrate(MigrateArgs),
 }
 
 /// Where state is kept.
@@ -251,6 +253,35 @@ pub struct HealthArgs {
     /// Seconds to wait for the answer.
     #[arg(long, default_value_t = 5, value_name = "SECONDS")]
     pub timeout: u32,
+}
+
+/// `banter migrate`.
+#[derive(Debug, Clone, Args)]
+pub struct MigrateArgs {
+    /// The Redis to read: `redis://[USER:PASSWORD@]HOST[:PORT][/DATABASE]`, `rediss://` for TLS, or
+    /// `unix:PATH`. Nothing is written there.
+    #[arg(
+        long,
+        env = "BANTER_MIGRATE_FROM",
+        hide_env_values = true,
+        value_name = "URL"
+    )]
+    pub from: String,
+    /// Directory of the embedded store to write to; the server must be stopped. Default:
+    /// $STATE_DIRECTORY, else the XDG data directory.
+    #[arg(long, env = "BANTER_STATE_DIR", value_name = "DIR")]
+    pub state_dir: Option<PathBuf>,
+    /// The Redis to write to, instead of the embedded store. May be the one that is read.
+    #[arg(long, env = "REDIS_URL", hide_env_values = true, value_name = "URL")]
+    pub redis_url: Option<String>,
+    /// What the server's names in Redis begin with.
+    #[arg(
+        long,
+        env = "BANTER_REDIS_PREFIX",
+        default_value = crate::store::redis::DEFAULT_PREFIX,
+        value_name = "PREFIX"
+    )]
+    pub redis_prefix: String,
 }
 
 #[cfg(test)]
