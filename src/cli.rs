@@ -267,21 +267,12 @@ pub struct MigrateArgs {
         value_name = "URL"
     )]
     pub from: String,
-    /// Directory of the embedded store to write to; the server must be stopped. Default:
-    /// $STATE_DIRECTORY, else the XDG data directory.
-    #[arg(long, env = "BANTER_STATE_DIR", value_name = "DIR")]
-    pub state_dir: Option<PathBuf>,
-    /// The Redis to write to, instead of the embedded store. May be the one that is read.
-    #[arg(long, env = "REDIS_URL", hide_env_values = true, value_name = "URL")]
-    pub redis_url: Option<String>,
-    /// What the server's names in Redis begin with.
-    #[arg(
-        long,
-        env = "BANTER_REDIS_PREFIX",
-        default_value = crate::store::redis::DEFAULT_PREFIX,
-        value_name = "PREFIX"
-    )]
-    pub redis_prefix: String,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub state: StateArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub redis: RedisArgs,
 }
 
 #[cfg(test)]

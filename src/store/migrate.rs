@@ -28,11 +28,11 @@ use self::progress::Progress;
 use self::report::{Report, Tally};
 use self::source::{List, Source};
 use super::embedded::Embedded;
-use super::redis::{RedisSettings, RedisStore};
+use super::redis::RedisStore;
 use super::{Import, ImportError, Imported, Range, StoreError, User};
-use crate::cli::{MigrateArgs, StateArgs};
+use crate::cli::MigrateArgs;
 use crate::worker::http::channels::is_channel_key;
-use crate::{ConfigError, systemd};
+use crate::{ConfigError, config, systemd};
 
 /// How many users are created at once: the embedded store then commits them together.
 const USERS_AT_ONCE: usize = 128;
@@ -49,23 +49,16 @@ const BATCH_BYTES: usize = 4 << 20;
 /// Nothing is lost then: another run goes on.
 pub async fn run(args: MigrateArgs) -> anyhow::Result<()> {
     let source = Source::connect(&args.from).await?;
-    let report = match args.redis_url.as_deref().map(str::trim) {
-        Some(url) if !url.is_empty() => {
-            let settings = RedisSettings {
-                prefix: args.redis_prefix,
-                ..RedisSettings::new(url)
-            };
+    let report = match config::redis(&args.redis)? {
+        Some(settings) => {
             // Nothing is subscribed to.
             let store = RedisStore::connect(settings, Arc::new(|_| true))
                 .await
                 .map_err(ConfigError::new)?;
             migrate(source, store).await?
         }
-        _ => {
-            let state_dir = systemd::state_dir(&StateArgs {
-                state_dir: args.state_dir,
-                redis_url: None,
-            })?;
+        None => {
+            let state_dir = systemd::state_dir(&args.state)?;
             let store = Embedded::open(&state_dir.join("banter.db")).map_err(ConfigError::new)?;
             let report = migrate(source, Arc::new(store.client(Arc::new(|_| true)))).await;
             store.shutdown().await;
