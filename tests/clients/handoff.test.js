@@ -30,7 +30,10 @@ suite('connections', { workers: 2, env: { BANTER_GRACE: '1', BANTER_PING_INTERVA
   };
   const noMoreThan = (before) => until(
     `as few descriptors as before (${JSON.stringify(before)})`,
-    () => Object.entries(descriptors()).every(([who, count]) => count <= before[who]),
+    () => {
+      const now = descriptors();
+      return Object.entries(before).every(([who, count]) => now[who] <= count);
+    },
     20_000,
   ).catch((error) => {
     throw new Error(`${error.message}; now ${JSON.stringify(descriptors())}`);
@@ -84,6 +87,9 @@ suite('connections', { workers: 2, env: { BANTER_GRACE: '1', BANTER_PING_INTERVA
 
   scenario('sixty Socket.IO clients come, chat and go, and no descriptor stays', async (world) => {
     const key = banter().key();
+    await hello('127.0.11.1');
+    // The master's store opens files when it is first used.
+    const { master, ...before } = descriptors();
     const people = [];
     for (let i = 0; i < 60; i += 10) {
       people.push(...await Promise.all(Array.from({ length: 10 }, (_, j) => world.person('many', {
@@ -96,14 +102,9 @@ suite('connections', { workers: 2, env: { BANTER_GRACE: '1', BANTER_PING_INTERVA
     await Promise.all(people.map((client) => world.restJoin(client, key)));
     await people[0].post(key, 'hello everybody');
     await Promise.all(people.slice(1).map((client) => client.waitFor('message:post', (m) => m.message === 'hello everybody')));
-    const during = descriptors();
     for (const client of people) client.close();
-    const sockets = people.length;
-    await until('their descriptors are closed', () => {
-      const now = descriptors();
-      const gone = Object.keys(during).filter((who) => who !== 'master').reduce((sum, who) => sum + during[who] - now[who], 0);
-      return gone >= sockets;
-    }, 20_000);
+    await noMoreThan(before);
+    assert.ok(descriptors().master < master + people.length, 'nor in the master');
   });
 
   scenario('garbage instead of HTTP gets a 400, or at least an end, and the next client is served', async () => {
