@@ -33,6 +33,8 @@ pub enum Command {
     Worker(WorkerArgs),
     /// Ask a running server whether it can serve; exits with 0 if so, else with 1.
     Health(HealthArgs),
+    /// Bring over the users, channels and messages of the Node.js chat server that came before.
+    Migrate(MigrateArgs),
 }
 
 /// Where state is kept.
@@ -251,6 +253,26 @@ pub struct HealthArgs {
     /// Seconds to wait for the answer.
     #[arg(long, default_value_t = 5, value_name = "SECONDS")]
     pub timeout: u32,
+}
+
+/// `banter migrate`.
+#[derive(Debug, Clone, Args)]
+pub struct MigrateArgs {
+    /// The Redis to read: `redis://[USER:PASSWORD@]HOST[:PORT][/DATABASE]`, `rediss://` for TLS, or
+    /// `unix:PATH`. Nothing is written there.
+    #[arg(
+        long,
+        env = "BANTER_MIGRATE_FROM",
+        hide_env_values = true,
+        value_name = "URL"
+    )]
+    pub from: String,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub state: StateArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub redis: RedisArgs,
 }
 
 #[cfg(test)]

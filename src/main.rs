@@ -10,6 +10,7 @@ use clap::Parser;
 
 use banter::ConfigError;
 use banter::cli::{Cli, Command};
+use banter::store::migrate;
 use banter::{health, master, serve, telemetry, worker};
 
 /// How long work on blocking threads (the store, password hashes) may delay the end of a process.
@@ -53,6 +54,10 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
             if !health::run(&args)? {
                 return Ok(ExitCode::FAILURE);
             }
+        }
+        Command::Migrate(args) => {
+            telemetry::init(&cli.log, "migrate")?;
+            block_on(migrate::run(args))?;
         }
     }
     Ok(ExitCode::SUCCESS)

@@ -8,7 +8,7 @@
 use std::path::Path;
 use std::process::Command;
 
-const COMMANDS: [&str; 4] = ["serve", "master", "worker", "health"];
+const COMMANDS: [&str; 5] = ["serve", "master", "worker", "health", "migrate"];
 const BEGIN: &str = "<!-- settings: written by tests/settings.rs from the program's own help -->\n";
 const END: &str = "<!-- end of settings -->\n";
 

@@ -9,8 +9,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use banter::store::{
-    BusEvent, BusSink, Channel, Message, NewMessage, PAGE_LIMIT, Page, Posted, Range, Store,
-    StoreError, User,
+    BusEvent, BusSink, Channel, Import, ImportError, Imported, Message, NewMessage, PAGE_LIMIT,
+    Page, Posted, Range, Store, StoreError, User,
 };
 use parking_lot::Mutex;
 use tokio::sync::Notify;
@@ -22,6 +22,9 @@ const DEADLINE: Duration = Duration::from_secs(20);
 trait Harness {
     /// A store of its own (a worker's, so to speak), whose events go to `sink`.
     async fn open(&self, sink: BusSink) -> Arc<dyn Store>;
+
+    /// As [`open`](Self::open), with nobody listening, to import into.
+    async fn open_to_import(&self) -> Arc<dyn Import>;
 
     /// Restarts what the stores stand on; those opened before are of no use any more.
     async fn restart(&self);
@@ -148,6 +151,40 @@ async fn post_many(
         .into_iter()
         .map(|(text, posted)| (posted.id, (text, posted)))
         .collect()
+}
+
+/// Messages to import, named by numbers. Each is a second later than the one before.
+fn batch(numbers: std::ops::RangeInclusive<u64>) -> Vec<Imported> {
+    numbers
+        .map(|n| Imported {
+            user: format!("author {}", n % 3),
+            message: format!("imported \"{n}\""),
+            millis: i64::try_from(n).unwrap() * 1000,
+        })
+        .collect()
+}
+
+/// Id, author, text and date of every message of a channel.
+async fn all(store: &Arc<dyn Store>, channel: &str) -> Vec<(u64, String, String, String)> {
+    let mut all: Vec<(u64, String, String, String)> = Vec::new();
+    loop {
+        let id = all.last().map_or(0, |(id, ..)| *id);
+        let limit = PAGE_LIMIT;
+        let page = store.read(channel, Range::After { id, limit }).await;
+        let page = page.unwrap();
+        if page.messages.is_empty() {
+            assert_eq!(page.last, id);
+            return all;
+        }
+        all.extend(page.messages.iter().map(|message| {
+            let event = event(message);
+            assert_eq!(event["id"], message.id);
+            assert_eq!(event["channel"], channel);
+            assert_eq!(event["user"], *message.user);
+            let text = |name: &str| event[name].as_str().unwrap().to_owned();
+            (message.id, text("user"), text("message"), text("date"))
+        }));
+    }
 }
 
 fn ids(page: &Page) -> Vec<u64> {
@@ -707,6 +744,140 @@ mod suite {
             .unwrap();
         assert_eq!((ids(&page), page.last), (vec![], 0), "it is not stored");
     }
+
+    pub async fn an_import_keeps_everything_about_the_messages(harness: &impl Harness) {
+        let store = harness.open_to_import().await;
+        assert_eq!(store.import("c", 1, Vec::new()).await, Ok(0));
+        assert_eq!(store.import("c", 1, batch(1..=1000)).await, Ok(1000));
+        assert_eq!(store.import("c", 1001, batch(1001..=1234)).await, Ok(1234));
+        assert_eq!(store.import("d", 1, batch(5..=5)).await, Ok(1));
+
+        harness.restart().await;
+        let store = harness.open(deaf()).await;
+        let c = all(&store, "c").await;
+        assert_eq!(c.len(), 1234);
+        for (n, (id, user, text, date)) in (1..).zip(&c) {
+            let Imported {
+                user: author,
+                message,
+                millis,
+            } = batch(n..=n).remove(0);
+            let millis = jiff::Timestamp::from_millisecond(millis).unwrap();
+            assert_eq!((*id, user, text), (n, &author, &message));
+            assert_eq!(*date, format!("{millis:.3}"));
+        }
+        assert_eq!(all(&store, "d").await[0].2, "imported \"5\"");
+
+        // Positions count from the newest.
+        let page = store.read("c", Range::Latest { start: 0, end: 25 });
+        assert_eq!(ids(&page.await.unwrap()), (1210..=1234).collect::<Vec<_>>());
+        let page = store.read("c", Range::Latest { start: 25, end: 50 });
+        assert_eq!(ids(&page.await.unwrap()), (1185..=1209).collect::<Vec<_>>());
+        assert_eq!(store.last_before("c", 500_001).await, Ok(500));
+    }
+
+    pub async fn an_import_can_be_repeated_and_resumed_anywhere(harness: &impl Harness) {
+        let store = harness.open_to_import().await;
+        assert_eq!(store.import("c", 1, batch(1..=10)).await, Ok(10));
+        assert_eq!(store.import("c", 1, batch(1..=10)).await, Ok(10));
+        assert_eq!(store.import("c", 4, batch(4..=9)).await, Ok(10));
+        harness.restart().await;
+        let store = harness.open_to_import().await;
+        assert_eq!(store.import("c", 1, Vec::new()).await, Ok(10));
+        // Half of it is there.
+        assert_eq!(store.import("c", 6, batch(6..=15)).await, Ok(15));
+        // Whatever such a batch holds, what is there stays.
+        assert_eq!(store.import("c", 15, batch(99..=100)).await, Ok(16));
+        let store: Arc<dyn Store> = store;
+        let texts = all(&store, "c")
+            .await
+            .into_iter()
+            .map(|(_, _, text, _)| text);
+        let expected = (1..=15).chain([100]).map(|n| format!("imported \"{n}\""));
+        assert!(texts.eq(expected));
+    }
+
+    pub async fn of_two_imports_at_once_every_message_comes_once(harness: &impl Harness) {
+        let stores = [
+            harness.open_to_import().await,
+            harness.open_to_import().await,
+        ];
+        let mut tasks = tokio::task::JoinSet::new();
+        for store in stores {
+            tasks.spawn(async move {
+                for n in 0..20 {
+                    let first = n * 10 + 1;
+                    let imported = store.import("c", first, batch(first..=first + 9)).await;
+                    assert!(imported.unwrap() >= first + 9);
+                }
+            });
+        }
+        tasks.join_all().await;
+        let store = harness.open(deaf()).await;
+        let texts = all(&store, "c")
+            .await
+            .into_iter()
+            .map(|(_, _, text, _)| text);
+        assert!(texts.eq((1..=200).map(|n| format!("imported \"{n}\""))));
+    }
+
+    pub async fn an_import_that_begins_too_late_is_refused(harness: &impl Harness) {
+        let store = harness.open_to_import().await;
+        let gap = |first, imported| Err(ImportError::Gap { first, imported });
+        assert_eq!(store.import("c", 2, batch(2..=3)).await, gap(2, 0));
+        assert_eq!(store.import("c", 1, batch(1..=2)).await, Ok(2));
+        assert_eq!(store.import("c", 4, batch(4..=5)).await, gap(4, 2));
+        assert_eq!(store.import("c", 0, batch(1..=2)).await, gap(0, 2));
+        let store: Arc<dyn Store> = store;
+        assert_eq!(all(&store, "c").await.len(), 2);
+    }
+
+    pub async fn a_channel_with_messages_of_its_own_takes_no_others(harness: &impl Harness) {
+        let import = harness.open_to_import().await;
+        let store: Arc<dyn Store> = import.clone();
+        let native = |last, imported| Err(ImportError::Native { last, imported });
+        post(&store, "native", "one").await;
+        assert_eq!(import.import("native", 1, batch(1..=1)).await, native(1, 0));
+
+        assert_eq!(import.import("c", 1, batch(1..=3)).await, Ok(3));
+        // What is posted goes on from there.
+        assert_eq!(post(&store, "c", "four").await.id, 4);
+        assert_eq!(import.import("c", 1, batch(1..=3)).await, Ok(3));
+        assert_eq!(import.import("c", 3, batch(3..=4)).await, native(4, 3));
+        harness.restart().await;
+        let import = harness.open_to_import().await;
+        assert_eq!(import.import("c", 4, batch(4..=5)).await, native(4, 3));
+        let store: Arc<dyn Store> = import;
+        assert_eq!(post(&store, "c", "five").await.id, 5);
+        let texts: Vec<_> = all(&store, "c").await.into_iter().map(|m| m.2).collect();
+        assert_eq!(texts[2..], ["imported \"3\"", "four", "five"]);
+        assert_eq!(all(&store, "native").await.len(), 1);
+    }
+
+    pub async fn dates_never_go_back_whatever_is_imported(harness: &impl Harness) {
+        let store = harness.open_to_import().await;
+        let mut messages = batch(1..=4);
+        messages[1].millis = 10;
+        assert_eq!(store.import("c", 1, messages).await, Ok(4));
+        assert_eq!(store.import("c", 5, batch(1..=1)).await, Ok(5));
+        let store: Arc<dyn Store> = store;
+        post(&store, "c", "now").await;
+        let dates: Vec<_> = all(&store, "c").await.into_iter().map(|m| m.3).collect();
+        let seconds = [1, 1, 3, 4, 4].map(|n| format!("1970-01-01T00:00:0{n}.000Z"));
+        assert_eq!(dates[..5], seconds);
+        assert!(dates[5].as_str() > "2026");
+    }
+
+    pub async fn an_import_is_not_published(harness: &impl Harness) {
+        let (ear, sink) = Ear::new();
+        let store = harness.open(sink).await;
+        let import = harness.open_to_import().await;
+        assert_eq!(store.subscribe("c").await, Ok(0));
+        assert_eq!(import.import("c", 1, batch(1..=3)).await, Ok(3));
+        post(&store, "c", "four").await;
+        ear.until_id("c", 4).await;
+        assert_eq!(ear.ids("c"), [4]);
+    }
 }
 
 /// Makes a test of each item of the suite, on a new harness.
@@ -738,6 +909,13 @@ macro_rules! run_suite {
             a_dropped_store_hears_nothing_any_more
             a_sink_that_refuses_loses_all_its_subscriptions
             typing_reaches_the_subscribers_of_that_channel
+            an_import_keeps_everything_about_the_messages
+            an_import_can_be_repeated_and_resumed_anywhere
+            of_two_imports_at_once_every_message_comes_once
+            an_import_that_begins_too_late_is_refused
+            a_channel_with_messages_of_its_own_takes_no_others
+            dates_never_go_back_whatever_is_imported
+            an_import_is_not_published
         }
     };
 }
@@ -778,6 +956,10 @@ mod embedded {
     impl Harness for EmbeddedHarness {
         async fn open(&self, sink: BusSink) -> Arc<dyn Store> {
             Arc::new(self.store.lock().await.client(sink))
+        }
+
+        async fn open_to_import(&self) -> Arc<dyn Import> {
+            Arc::new(self.store.lock().await.client(deaf()))
         }
 
         async fn restart(&self) {
@@ -1024,6 +1206,27 @@ mod embedded {
         let a_directory = directory.path().join("directory.db");
         std::fs::create_dir(&a_directory).unwrap();
         assert!(refusal(&a_directory).contains("for writing"));
+    }
+
+    #[tokio::test]
+    async fn a_database_from_before_imports_is_brought_up_to_date() {
+        let (_directory, path) = place();
+        let store = Embedded::open(&path).unwrap();
+        let client: Arc<dyn Store> = Arc::new(store.client(deaf()));
+        post(&client, "c", "one").await;
+        store.shutdown().await;
+        // As it was then.
+        rusqlite::Connection::open(&path)
+            .unwrap()
+            .execute_batch("ALTER TABLE counters DROP COLUMN imported; PRAGMA user_version = 1;")
+            .unwrap();
+        let client = Embedded::open(&path).unwrap().client(deaf());
+        let (last, imported) = (1, 0);
+        let native = Err(ImportError::Native { last, imported });
+        assert_eq!(client.import("c", 1, batch(1..=1)).await, native);
+        assert_eq!(client.import("d", 1, batch(1..=2)).await, Ok(2));
+        let client: Arc<dyn Store> = Arc::new(client);
+        assert_eq!(post(&client, "c", "two").await.id, 2);
     }
 
     #[test]

@@ -32,8 +32,11 @@ use self::bus::{Bus, Subscriber};
 pub use self::open::OpenError;
 use self::open::{Database, Lock};
 use self::reader::Query;
-use self::writer::{Change, Job, Writer};
-use super::{BusEvent, BusSink, Channel, NewMessage, Page, Posted, Range, Store, StoreError, User};
+use self::writer::{Batch, Change, Job, Writer};
+use super::{
+    BusEvent, BusSink, Channel, Import, ImportError, Imported, NewMessage, Page, Posted, Range,
+    Store, StoreError, User,
+};
 
 /// How many requests may wait for the writer.
 const WRITE_QUEUE: usize = 4096;
@@ -311,6 +314,23 @@ impl Store for Client {
             user: user.to_owned(),
         });
         Ok(())
+    }
+}
+
+#[async_trait]
+impl Import for Client {
+    async fn import(
+        &self,
+        channel: &str,
+        first: u64,
+        messages: Vec<Imported>,
+    ) -> Result<u64, ImportError> {
+        let batch = Batch {
+            channel: channel.to_owned(),
+            first,
+            messages,
+        };
+        self.write(|reply| Job::Import(batch, reply)).await?
     }
 }
 

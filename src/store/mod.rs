@@ -6,6 +6,7 @@
 //! stream.
 
 pub mod embedded;
+pub mod migrate;
 pub mod redis;
 pub mod remote;
 
@@ -221,4 +222,83 @@ pub trait Store: Send + Sync {
 
     /// Tells the channel's subscribers that `user` is typing.
     async fn typing(&self, channel: &str, user: &str) -> Result<(), StoreError>;
+}
+
+/// A message that was posted to another server.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Imported {
+    /// The author's name.
+    pub user: String,
+    /// The text.
+    pub message: String,
+    /// When it was posted there: Unix time, milliseconds, not in the future. A store gives the
+    /// message the date of the one before it instead, if that is later: a channel's dates never
+    /// go back.
+    pub millis: i64,
+}
+
+/// Why a batch was not imported.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ImportError {
+    /// Messages were posted to the channel, so that the ids of the batch are taken or would come
+    /// after them.
+    #[error("it has messages of its own: the last id is {last}, {imported} messages were imported")]
+    Native {
+        /// The channel's last id.
+        last: u64,
+        /// How many messages, from id 1 on, were imported.
+        imported: u64,
+    },
+    /// The batch begins too late.
+    #[error("the batch begins at id {first}, but only {imported} messages were imported")]
+    Gap {
+        /// The batch's first id.
+        first: u64,
+        /// How many messages, from id 1 on, were imported.
+        imported: u64,
+    },
+    /// The store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+/// A store that takes over the messages of another server.
+///
+/// Only the stores themselves do, not [`remote`]: no worker imports anything.
+#[async_trait]
+pub trait Import: Store {
+    /// Gives the messages of a batch the ids from `first` on, as a whole or not at all. What was
+    /// imported before is left as it is, so that a batch can be repeated. Nothing is published.
+    ///
+    /// Returns how many messages, from id 1 on, the channel has imported altogether; an empty batch
+    /// from 1 on only asks. Everybody else waits meanwhile, so that a batch should not be larger
+    /// than some thousand messages and a few megabytes.
+    ///
+    /// # Errors
+    ///
+    /// See [`ImportError`]; the channel is as before.
+    async fn import(
+        &self,
+        channel: &str,
+        first: u64,
+        batch: Vec<Imported>,
+    ) -> Result<u64, ImportError>;
+}
+
+/// How many messages of a batch were imported before and are to be left out.
+///
+/// # Errors
+///
+/// Why the rest must not be appended to a channel that has imported messages up to the id
+/// `imported` and has come to the id `last`.
+fn already_imported(first: u64, length: u64, imported: u64, last: u64) -> Result<u64, ImportError> {
+    if first == 0 || first > imported.saturating_add(1) {
+        Err(ImportError::Gap { first, imported })
+    } else if first - 1 + length <= imported {
+        Ok(length)
+    } else if last > imported {
+        Err(ImportError::Native { last, imported })
+    } else {
+        Ok(imported - (first - 1))
+    }
 }

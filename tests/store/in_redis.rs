@@ -38,6 +38,11 @@ impl Harness for RedisHarness {
         open(settings, sink).await
     }
 
+    async fn open_to_import(&self) -> Arc<dyn Import> {
+        let settings = self.server.lock().settings();
+        RedisStore::connect(settings, deaf()).await.unwrap()
+    }
+
     async fn restart(&self) {
         let mut server = self.server.lock();
         server.stop();
@@ -775,4 +780,33 @@ async fn what_is_wrong_with_the_settings_is_said_in_one_line_without_the_passwor
     let tls = RedisSettings::new(format!("rediss://{address}"));
     assert!(line(tls).await.contains("check its certificate"));
     web_server.join().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_import_into_a_channel_whose_counter_is_gone_is_refused() {
+    let harness = RedisHarness::new();
+    let store = harness.open_to_import().await;
+    assert_eq!(store.import("c", 1, batch(1..=3)).await, Ok(3));
+    let command = |words: &[&str]| harness.server.lock().command::<()>(words);
+    command(&["DEL", "{banter}:channel:Yw"]);
+    let (last, imported) = (3, 0);
+    let refused = Err(ImportError::Native { last, imported });
+    assert_eq!(store.import("c", 1, batch(1..=4)).await, refused);
+    let page = store.read("c", Range::After { id: 0, limit: 9 }).await;
+    assert_eq!(ids(&page.unwrap()), [1, 2, 3]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_import_that_redis_has_no_memory_for_leaves_the_channel_as_it_was() {
+    let harness = RedisHarness::new();
+    let store = harness.open_to_import().await;
+    assert_eq!(store.import("c", 1, batch(1..=3)).await, Ok(3));
+    let command = |words: &[&str]| harness.server.lock().command::<()>(words);
+    command(&["CONFIG", "SET", "maxmemory", "1"]);
+    let refused = store.import("c", 4, batch(4..=9)).await;
+    let why = StoreError::Unavailable("Redis is out of memory".to_owned());
+    assert_eq!(refused, Err(ImportError::Store(why)));
+    command(&["CONFIG", "SET", "maxmemory", "0"]);
+    assert_eq!(store.import("c", 1, Vec::new()).await, Ok(3));
+    assert_eq!(store.import("c", 4, batch(4..=9)).await, Ok(9));
 }

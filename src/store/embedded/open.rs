@@ -24,7 +24,7 @@ const APPLICATION_ID: i32 = 0x426e_7472;
 
 /// Each step brings the schema from the version that is its index to the next one. Released steps
 /// are never changed, only added to.
-const STEPS: [&str; 1] = [
+const STEPS: [&str; 2] = [
     // 1
     "CREATE TABLE users (
          name TEXT PRIMARY KEY,
@@ -68,6 +68,9 @@ const STEPS: [&str; 1] = [
          PRIMARY KEY (channel, user, nonce)
      ) STRICT, WITHOUT ROWID;
      CREATE INDEX nonces_by_forget ON nonces (forget);",
+    // 2
+    "-- How many of the channel's messages, from id 1 on, came from another server.
+     ALTER TABLE counters ADD COLUMN imported INTEGER NOT NULL DEFAULT 0;",
 ];
 
 /// Why the database could not be opened. Each is one line that names the path.

@@ -18,8 +18,8 @@ use tokio::sync::mpsc;
 use super::bus::{Bus, Subscriber};
 use super::{Reply, database_failed, from_sql, unavailable};
 use crate::store::{
-    BUILT_IN_CHANNELS, BusEvent, Channel, EventBody, Message, NONCE_MEMORY, NewMessage, Posted,
-    StoreError, User,
+    BUILT_IN_CHANNELS, BusEvent, Channel, EventBody, ImportError, Imported, Message, NONCE_MEMORY,
+    NewMessage, Posted, StoreError, User, already_imported,
 };
 
 /// The most jobs in one transaction.
@@ -32,6 +32,7 @@ const CACHED_COUNTERS: usize = 4096;
 pub(super) enum Job {
     Post(NewMessage, Reply<Posted>),
     Change(Change, Reply<()>),
+    Import(Batch, ImportReply),
     Subscribe {
         subscriber: Arc<Subscriber>,
         channel: String,
@@ -55,16 +56,29 @@ pub(super) enum Change {
     CreateChannel(Channel),
 }
 
+/// Messages of another server.
+pub(super) struct Batch {
+    pub(super) channel: String,
+    pub(super) first: u64,
+    pub(super) messages: Vec<Imported>,
+}
+
+/// What an import is answered with: how many messages the channel has imported altogether, or why
+/// it takes none. The outer error is the store's.
+pub(super) type ImportReply = Reply<Result<u64, ImportError>>;
+
 /// A job that belongs into the transaction.
 enum Write {
     Post(NewMessage, Reply<Posted>),
     Change(Change, Reply<()>),
+    Import(Batch, ImportReply),
 }
 
 /// What a job came to, to be answered once the transaction is committed.
 enum Outcome {
     Post(Reply<Posted>, Result<Post, StoreError>),
     Change(Reply<()>, Result<(), StoreError>),
+    Import(ImportReply, Result<Result<u64, ImportError>, StoreError>),
 }
 
 /// A post that was carried out.
@@ -112,6 +126,7 @@ impl Writer {
             match job {
                 Job::Post(message, reply) => writes.push(Write::Post(message, reply)),
                 Job::Change(change, reply) => writes.push(Write::Change(change, reply)),
+                Job::Import(batch, reply) => writes.push(Write::Import(batch, reply)),
                 Job::Subscribe {
                     subscriber,
                     channel,
@@ -187,6 +202,13 @@ impl Writer {
                 Write::Change(change, reply) => {
                     Outcome::Change(reply, isolated(&mut tx, |db| change.apply(db)).flatten())
                 }
+                Write::Import(batch, reply) => {
+                    let result = isolated(&mut tx, |db| import(db, counters, &batch));
+                    if result.is_err() {
+                        counters.forget(&batch.channel);
+                    }
+                    Outcome::Import(reply, result)
+                }
             });
             // Some errors (a full disk among them) make SQLite roll everything back.
             if tx.is_autocommit() {
@@ -204,6 +226,7 @@ impl Write {
         match self {
             Self::Post(_, reply) => answer(reply, Err(error)),
             Self::Change(_, reply) => answer(reply, Err(error)),
+            Self::Import(_, reply) => answer(reply, Err(error)),
         }
     }
 }
@@ -224,6 +247,7 @@ impl Outcome {
             }
             Self::Post(reply, Err(error)) => answer(reply, Err(error)),
             Self::Change(reply, result) => answer(reply, result),
+            Self::Import(reply, result) => answer(reply, result),
         }
     }
 
@@ -231,6 +255,7 @@ impl Outcome {
         match self {
             Self::Post(_, result) => result.as_ref().err(),
             Self::Change(_, result) => result.as_ref().err(),
+            Self::Import(_, result) => result.as_ref().err(),
         }
     }
 
@@ -239,6 +264,7 @@ impl Outcome {
         match self {
             Self::Post(reply, _) => answer(reply, Err(error)),
             Self::Change(reply, _) => answer(reply, Err(error)),
+            Self::Import(reply, _) => answer(reply, Err(error)),
         }
     }
 }
@@ -307,6 +333,9 @@ fn create_user(db: &Connection, user: &User) -> rusqlite::Result<Result<(), Stor
     })
 }
 
+const INSERT_MESSAGE: &str = "INSERT INTO messages (channel, id, date, user, sender, event)
+     VALUES (?1, ?2, ?3, ?4, ?5, ?6)";
+
 fn post(
     db: &Connection,
     counters: &mut Counters,
@@ -345,14 +374,12 @@ fn post(
     let event = to_raw_value(&body)
         .map_err(|error| rusqlite::Error::ToSqlConversionFailure(error.into()))?;
 
-    let Counter { number, last, date } = counter;
+    let Counter {
+        number, last, date, ..
+    } = counter;
     db.prepare_cached("UPDATE counters SET last = ?2, date = ?3 WHERE number = ?1")?
         .execute(params![number, last, date])?;
-    db.prepare_cached(
-        "INSERT INTO messages (channel, id, date, user, sender, event)
-         VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
-    )?
-    .execute(params![
+    db.prepare_cached(INSERT_MESSAGE)?.execute(params![
         number,
         last,
         date,
@@ -385,6 +412,59 @@ fn post(
         posted,
         publish: Some((message.channel.clone(), stored)),
     })
+}
+
+/// Appends the messages of a batch that are not there yet. Returns how many the channel has
+/// imported altogether.
+fn import(
+    db: &Connection,
+    counters: &mut Counters,
+    batch: &Batch,
+) -> rusqlite::Result<Result<u64, ImportError>> {
+    let found = counters.find(db, &batch.channel)?;
+    let (last, imported) = found.map_or((0, 0), |c| (from_sql(c.last), from_sql(c.imported)));
+    let there = match already_imported(batch.first, batch.messages.len() as u64, imported, last) {
+        Ok(there) => usize::try_from(there).unwrap_or(usize::MAX),
+        Err(error) => return Ok(Err(error)),
+    };
+    let new = batch.messages.get(there..).unwrap_or_default();
+    if new.is_empty() {
+        return Ok(Ok(imported));
+    }
+
+    let mut counter = match found {
+        Some(counter) => counter,
+        None => Counter::create(db, &batch.channel)?,
+    };
+    let mut insert = db.prepare_cached(INSERT_MESSAGE)?;
+    for message in new {
+        counter.last += 1;
+        counter.date = counter.date.max(message.millis);
+        let event = serde_json::to_string(&EventBody {
+            message: &message.message,
+            user: &message.user,
+            date: &iso(counter.date)?,
+            id: from_sql(counter.last),
+            channel: &batch.channel,
+            nonce: None,
+        })
+        .map_err(|error| rusqlite::Error::ToSqlConversionFailure(error.into()))?;
+        let Counter {
+            number, last, date, ..
+        } = counter;
+        // No connection of ours has posted it.
+        insert.execute(params![number, last, date, message.user, "", event])?;
+    }
+    counter.imported = counter.last;
+    db.prepare_cached("UPDATE counters SET last = ?2, date = ?3, imported = ?4 WHERE number = ?1")?
+        .execute(params![
+            counter.number,
+            counter.last,
+            counter.date,
+            counter.imported
+        ])?;
+    counters.set(&batch.channel, counter);
+    Ok(Ok(from_sql(counter.imported)))
 }
 
 /// What a message was answered with if it has been posted before.
@@ -447,6 +527,8 @@ struct Counter {
     last: i64,
     /// The last message's date, Unix time in milliseconds.
     date: i64,
+    /// The last id that was imported; 0 if none.
+    imported: i64,
 }
 
 impl Counter {
@@ -458,6 +540,7 @@ impl Counter {
             number: db.last_insert_rowid(),
             last: 0,
             date: 0,
+            imported: 0,
         })
     }
 }
@@ -472,12 +555,13 @@ impl Counters {
         if let Some(counter) = self.0.get(channel) {
             return Ok(Some(*counter));
         }
-        db.prepare_cached("SELECT number, last, date FROM counters WHERE channel = ?1")?
+        db.prepare_cached("SELECT number, last, date, imported FROM counters WHERE channel = ?1")?
             .query_row([channel], |row| {
                 Ok(Counter {
                     number: row.get(0)?,
                     last: row.get(1)?,
                     date: row.get(2)?,
+                    imported: row.get(3)?,
                 })
             })
             .optional()
@@ -736,6 +820,38 @@ mod tests {
         assert_eq!(ids(&fixture.post_all(batch)), [None, None, None]);
         assert_eq!(fixture.count("messages"), 0);
         assert_eq!(fixture.post(message("bert", "3")).unwrap().id, 1);
+    }
+
+    #[test]
+    fn an_import_that_fails_half_way_leaves_nothing_behind() {
+        let mut fixture = Fixture::new();
+        let sql = "CREATE TRIGGER trap AFTER INSERT ON messages WHEN new.user = 'mallory'
+                   BEGIN SELECT RAISE(ABORT, 'trapped'); END";
+        fixture.writer.connection.execute_batch(sql).unwrap();
+        let mut import = |first: u64, users: &[&str]| {
+            let messages = users.iter().map(|user| Imported {
+                user: (*user).to_owned(),
+                message: "text".to_owned(),
+                millis: 1,
+            });
+            let batch = Batch {
+                channel: "c".to_owned(),
+                first,
+                messages: messages.collect(),
+            };
+            let (reply, mut answer) = oneshot::channel();
+            fixture
+                .writer
+                .work(std::iter::once(Job::Import(batch, reply)));
+            answer.try_recv().unwrap()
+        };
+        let failed = Err(unavailable("the database failed"));
+        assert_eq!(import(1, &["anna", "bert", "mallory"]), failed);
+        assert_eq!(import(1, &["anna"]), Ok(Ok(1)));
+        assert_eq!(import(2, &["bert", "mallory"]), failed);
+        assert_eq!(import(1, &[]), Ok(Ok(1)));
+        assert_eq!(fixture.count("messages"), 1);
+        assert_eq!(fixture.post(message("bert", "1")).unwrap().id, 2);
     }
 
     #[test]

@@ -18,7 +18,7 @@ const KEEPALIVE: Duration = Duration::from_secs(15);
 /// # Errors
 ///
 /// [`SettingsError::Url`], which shows the URL without its password.
-pub(super) fn parse(url: &str) -> Result<ConnectionInfo, SettingsError> {
+pub(in crate::store) fn parse(url: &str) -> Result<ConnectionInfo, SettingsError> {
     let info = read(url).map_err(|problem| SettingsError::Url {
         url: redacted(url),
         problem,
@@ -104,7 +104,7 @@ fn redacted(url: &str) -> String {
 }
 
 /// An address as logs and errors show it: without user and password.
-pub(super) fn shown(address: &ConnectionAddr) -> String {
+pub(in crate::store) fn shown(address: &ConnectionAddr) -> String {
     match address {
         ConnectionAddr::Unix(path) => format!("unix:{}", path.display()),
         ConnectionAddr::TcpTls { .. } => format!("rediss://{address}"),

@@ -8,7 +8,7 @@
 //! | `{P}:user:NAME` | hash: `name`, `password_hash` |
 //! | `{P}:channels` | hash: key of a created channel → its name |
 //! | `{P}:channels:order` | list: their keys in order of creation |
-//! | `{P}:channel:KEY` | hash: `last` id, and `millis` and `date` of that message |
+//! | `{P}:channel:KEY` | hash: `last` id, and `millis` and `date` of that message; `imported`: how many came from another server |
 //! | `{P}:messages:KEY` | stream: a message's id is that of its entry, `ID-0` |
 //! | `{P}:nonce:HASH` | string: `ID DATE` of the message posted with it; expires |
 //! | `{P}:topic:KEY` | pub/sub: a channel's messages, and who types |

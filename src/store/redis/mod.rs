@@ -18,7 +18,7 @@
 //! A post is durable as far as Redis is configured to be: with `appendfsync always` an answered
 //! one survives anything that the disk survives, with `everysec` the last second may be lost.
 
-mod address;
+pub(super) mod address;
 mod bus;
 mod connection;
 mod inspect;
@@ -46,8 +46,8 @@ use self::seen::Seen;
 use crate::presence::Numbered;
 
 use super::{
-    BUILT_IN_CHANNELS, BusSink, Channel, Message, NONCE_MEMORY, NewMessage, PAGE_LIMIT, Page,
-    Posted, Range, Store, StoreError, User,
+    BUILT_IN_CHANNELS, BusSink, Channel, Import, ImportError, Imported, Message, NONCE_MEMORY,
+    NewMessage, PAGE_LIMIT, Page, Posted, Range, Store, StoreError, User, already_imported,
 };
 
 /// The prefix of all names in Redis, unless the settings say another.
@@ -277,7 +277,7 @@ pub fn shown_address(url: &str) -> Result<String, SettingsError> {
 }
 
 /// The error for a Redis that will not do.
-fn refused(address: &str, error: &RedisError, advice: &'static str) -> SettingsError {
+pub(super) fn refused(address: &str, error: &RedisError, advice: &'static str) -> SettingsError {
     let problem = match error.kind() {
         // What the parser says has several lines, and helps nobody.
         ErrorKind::Parse => "it does not speak the Redis protocol".to_owned(),
@@ -390,10 +390,7 @@ impl Store for RedisStore {
             sender,
             ..
         } = &message;
-        let fragments = wire::fragments(&message).map_err(|error| {
-            tracing::error!(%error, "a message cannot be written as JSON");
-            StoreError::Unavailable("the message cannot be stored".to_owned())
-        })?;
+        let fragments = wire::fragments(&message).map_err(|error| unwritable(&error))?;
         let now = Timestamp::now();
         let Retention { max_count, max_age } = self.retention;
         let cutoff = max_age.map_or(0, |age| {
@@ -472,6 +469,53 @@ impl Store for RedisStore {
             })
             .await
     }
+}
+
+#[async_trait]
+impl Import for RedisStore {
+    async fn import(
+        &self,
+        channel: &str,
+        first: u64,
+        batch: Vec<Imported>,
+    ) -> Result<u64, ImportError> {
+        let mut import = scripts::IMPORT.key(self.keys.counter(channel));
+        import
+            .key(self.keys.messages(channel))
+            .arg(first.min(MAX_ID));
+        let length = batch.len() as u64;
+        for message in batch {
+            let Imported {
+                user,
+                message,
+                millis,
+            } = message;
+            let date = Timestamp::from_millisecond(millis).map_err(|error| {
+                tracing::error!(%error, "a message has a date that no calendar has");
+                StoreError::Unavailable("the message cannot be stored".to_owned())
+            })?;
+            let fragments = wire::fragments_of(channel, &user, &message, None)
+                .map_err(|error| unwritable(&error))?;
+            import
+                .arg(millis)
+                .arg(iso(&date))
+                .arg(fragments.before)
+                .arg(fragments.after)
+                .arg(user);
+        }
+        let (imported, last): (u64, u64) = self.script("importing", &import).await?;
+        // What the script has not appended it has left out for the same reasons.
+        let there = already_imported(first, length, imported, last)?;
+        debug_assert_eq!(there, length);
+        self.seen.note(channel, last);
+        Ok(imported)
+    }
+}
+
+/// The error for a message that cannot be written as JSON.
+fn unwritable(error: &serde_json::Error) -> StoreError {
+    tracing::error!(%error, "a message cannot be written as JSON");
+    StoreError::Unavailable("the message cannot be stored".to_owned())
 }
 
 /// Reads what the read script answers; `None` if it makes no sense.

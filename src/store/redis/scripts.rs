@@ -26,6 +26,8 @@ scripts! {
     CREATE_CHANNEL = "create_channel";
     /// Stores a message and publishes it, once.
     POST = "post";
+    /// Appends messages of another server.
+    IMPORT = "import";
     /// Reads a page of messages.
     READ = "read";
     /// Finds the last message before a time.

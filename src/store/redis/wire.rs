@@ -20,12 +20,23 @@ pub(super) struct Fragments {
     pub(super) after: String,
 }
 
+/// The pieces of a new message's event: [`fragments_of`] it.
+pub(super) fn fragments(message: &NewMessage) -> serde_json::Result<Fragments> {
+    let nonce = message.client_nonce.then_some(message.nonce.as_str());
+    fragments_of(&message.channel, &message.user, &message.message, nonce)
+}
+
 /// The pieces of a message's event, which is [`EventBody`](crate::store::EventBody).
 ///
 /// # Errors
 ///
 /// None that can happen with strings.
-pub(super) fn fragments(message: &NewMessage) -> serde_json::Result<Fragments> {
+pub(super) fn fragments_of(
+    channel: &str,
+    user: &str,
+    message: &str,
+    nonce: Option<&str>,
+) -> serde_json::Result<Fragments> {
     #[derive(Serialize)]
     struct Before<'a> {
         message: &'a str,
@@ -39,16 +50,13 @@ pub(super) fn fragments(message: &NewMessage) -> serde_json::Result<Fragments> {
         nonce: Option<&'a str>,
     }
     let mut before = serde_json::to_string(&Before {
-        message: &message.message,
-        user: &message.user,
+        message,
+        user,
         date: "",
     })?;
     // `"}`: the date goes in, and more follows.
     before.truncate(before.len() - 2);
-    let mut after = serde_json::to_string(&After {
-        channel: &message.channel,
-        nonce: message.client_nonce.then_some(message.nonce.as_str()),
-    })?;
+    let mut after = serde_json::to_string(&After { channel, nonce })?;
     after.replace_range(..1, ",");
     Ok(Fragments { before, after })
 }

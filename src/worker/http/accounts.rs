@@ -19,6 +19,7 @@ use crate::limits::{KeyedBuckets, Limit};
 use crate::routing::RoutingKey;
 use crate::store::{StoreError, User};
 use crate::worker::App;
+use crate::worker::passwords::Verdict;
 use crate::worker::transport::Handle;
 
 /// Characters of a name.
@@ -186,12 +187,30 @@ pub async fn login(
         Err(_) => None,
     };
     let hash = user.map(|user| user.password_hash);
-    if app.passwords.verify(password.to_owned(), hash).await? {
-        return app.tokens.issue(name).map(Json);
+    let verdict = app.passwords.verify(password.to_owned(), hash.clone());
+    match (verdict.await?, hash) {
+        (Verdict::Wrong, _) | (_, None) => {
+            attempt.failed = true;
+            tracing::info!(event = "login_failed", %client, "wrong name or password");
+            return Err(ApiError::unauthorized("Wrong name or password"));
+        }
+        (Verdict::Right, _) => {}
+        (Verdict::Outdated, Some(old)) => renew_hash(&app, name, password, &old).await,
     }
-    attempt.failed = true;
-    tracing::info!(event = "login_failed", %client, "wrong name or password");
-    Err(ApiError::unauthorized("Wrong name or password"))
+    app.tokens.issue(name).map(Json)
+}
+
+/// Replaces an outdated hash, now that the password is known. If that fails, the next login does.
+async fn renew_hash(app: &App, name: &str, password: &str, old: &str) {
+    let renewed = match app.passwords.hash(password.to_owned()).await {
+        Ok(new) => app.store.replace_hash(name, old, &new).await,
+        // Logged where it failed, or too many were waiting.
+        Err(_) => return,
+    };
+    match renewed {
+        Ok(()) => tracing::info!(event = "hash_renewed", user = name),
+        Err(error) => tracing::warn!(user = name, %error, "an old password hash was kept"),
+    }
 }
 
 fn credentials(fields: &Fields) -> Result<(&str, &str), ApiError> {
@@ -205,7 +224,11 @@ fn exists() -> ApiError {
     ApiError::new(StatusCode::CONFLICT, "User with name already exists")
 }
 
-fn check_name(name: &str) -> Result<(), ApiError> {
+/// Whether an account can have this name.
+///
+/// # Errors
+/// 400 with what is wrong.
+pub fn check_name(name: &str) -> Result<(), ApiError> {
     if !name.bytes().all(|byte| byte.is_ascii_alphanumeric()) {
         return Err(ApiError::bad_request(
             "Name must be numbers or letter a-z only",

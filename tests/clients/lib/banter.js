@@ -127,6 +127,24 @@ class Banter {
       this.exit = { code, signal };
     });
     await this.healthy(START_DEADLINE);
+    await this.everybodyServes(START_DEADLINE);
+  }
+
+  /**
+   * Waits until every worker serves: before that, an address goes to another worker than it will.
+   */
+  async everybodyServes(deadline) {
+    const seen = new Set();
+    let host = 0;
+    await until('every worker serves', async () => {
+      if (this.exit) throw new Error(`banter ended at start: ${JSON.stringify(this.exit)}\n${this.logs()}`);
+      for (let i = 0; i < 20 && seen.size < Number(this.options.workers); i++) {
+        host = (host % 250) + 1;
+        seen.add(await this.workerOfAddress(`127.0.14.${host}`).catch(() => undefined));
+        seen.delete(undefined);
+      }
+      return seen.size >= Number(this.options.workers);
+    }, deadline);
   }
 
   /** Waits until the server (as seen from `localAddress`) says that it can serve. */
@@ -198,7 +216,17 @@ class Banter {
 
   /** Client addresses, by the worker that serves them: each is used once only. */
   async addressOfWorker(number) {
-    this.addresses ??= { next: 2, spare: new Map() };
+    if (!this.addresses) {
+      // Until all workers serve, addresses go to those that do.
+      this.addresses = { next: 2, spare: new Map() };
+      const seen = new Set();
+      for (let host = 2; host < 255 && seen.size < this.options.workers; host++) {
+        await until(`127.0.16.${host} is served`, async () => {
+          const worker = await this.workerOfAddress(`127.0.16.${host}`);
+          return worker !== undefined && seen.add(worker);
+        });
+      }
+    }
     const { spare } = this.addresses;
     for (;;) {
       const known = spare.get(number);
