@@ -323,9 +323,21 @@ impl Session {
         channels: Vec<(String, i64)>,
         secret: String,
     ) -> Result<(), Refusal> {
+        let named = |channel: &str| {
+            let ids = self.credentials.resume.as_ref()?;
+            ids.iter()
+                .find(|(key, _)| key == channel)
+                .map(|(_, id)| *id)
+        };
         let mut last = HashMap::new();
         for (channel, _) in &channels {
-            last.insert(channel.as_str(), self.app.dispatch.open(channel).await?);
+            let mut tip = self.app.dispatch.open(channel).await?;
+            if named(channel).is_some_and(|id| id > tip) {
+                // The client may know from another worker what this one has yet to hear.
+                let newest = Range::Latest { start: 0, end: 1 };
+                tip = tip.max(self.app.store.read(channel, newest).await?.last);
+            }
+            last.insert(channel.as_str(), tip);
         }
         let listed: Vec<Value> = channels
             .iter()
@@ -341,12 +353,7 @@ impl Session {
         );
         let mut places = Vec::with_capacity(channels.len());
         for (channel, since) in &channels {
-            let named = self.credentials.resume.as_ref().and_then(|ids| {
-                ids.iter()
-                    .find(|(key, _)| key == channel)
-                    .map(|(_, id)| *id)
-            });
-            let id = match named {
+            let id = match named(channel) {
                 // An id that the channel never gave out names nothing: only what is new follows.
                 Some(id) => id.min(last.get(channel.as_str()).copied().unwrap_or(id)),
                 None => {
