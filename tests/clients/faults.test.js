@@ -424,6 +424,29 @@ describe('faults', { skip }, () => {
     });
   });
 
+  test('who comes to a worker that has not heard the latest yet, knowing it from another one, hears nothing twice and misses nothing', { timeout: 60_000 }, async () => {
+    await onRedis({ workers: 2 }, async ({ proxy, banter, world }) => {
+      const key = banter.key();
+      const ann = await personOn(world, 0, 'ann');
+      await ann.join(key);
+      await ann.post(key, 'heard by all');
+      const [bob, carl] = [await personOn(world, 1, 'bob'), await personOn(world, 1, 'carl')];
+      const elsewhere = await banter.addressOfWorker(0);
+      // Worker 0 believes for a while that it is listening.
+      assert.strictEqual(proxy.blackhole(topic(key)), 1, 'the one connection that listens to this channel');
+      for (const client of [bob, carl]) await client.join(key);
+      const last = [await carl.post(key, 'missed by worker 0'), await bob.post(key, 'and this'), await carl.post(key, 'and that')].at(-1);
+      await bob.waitFor('message:post', (m) => m.id === last.id);
+      const moved = await world.connect({ token: bob.token, name: bob.name, session: bob.lastLogin.session, resume: { [key]: last.id }, localAddress: elsewhere });
+      const next = await carl.post(key, 'from here on');
+      await moved.waitFor('message:post', (m) => m.id === next.id);
+      assert.deepStrictEqual(moved.texts(key), ['from here on']);
+      assert.deepStrictEqual(moved.lastLogin.channels, [{ key, last: last.id }], 'the channel\'s last id, not the worker\'s');
+      await ann.waitFor('message:post', (m) => m.id === next.id);
+      assert.deepStrictEqual(ann.texts(key), ['missed by worker 0', 'and this', 'and that', 'from here on']);
+    });
+  });
+
   test('a Redis that comes back without its last records: no id stands for two texts, ids never go back, everything goes on', { timeout: 180_000 }, async () => {
     const random = new Random(SEED ^ 0x5eed);
     console.log(`    BANTER_TEST_SEED=${SEED}`);

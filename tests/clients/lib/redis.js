@@ -234,7 +234,11 @@ class Proxy {
 
   forward(client) {
     const pair = [client, net.connect(this.redis.socketPath)];
+    pair.topics = '';
     this.pairs.add(pair);
+    client.on('data', (chunk) => {
+      if (chunk.includes('SUBSCRIBE')) pair.topics += chunk;
+    });
     for (const [one, other] of [pair, [...pair].reverse()]) {
       one.on('data', (chunk) => {
         if (!pair.silent) other.write(chunk);
@@ -252,9 +256,14 @@ class Proxy {
     for (const pair of this.pairs) for (const socket of pair) socket.destroy();
   }
 
-  /** All connections stay open, but nothing gets through any more. New ones are let through. */
-  blackhole() {
-    for (const pair of this.pairs) pair.silent = true;
+  /**
+   * All connections, or those that ever subscribed to `topic`, stay open, but nothing gets through any
+   * more. New ones are let through. Gives how many these are.
+   */
+  blackhole(topic = '') {
+    const hit = [...this.pairs].filter(({ topics }) => topics.includes(topic));
+    for (const pair of hit) pair.silent = true;
+    return hit.length;
   }
 
   close() {
