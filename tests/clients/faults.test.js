@@ -317,6 +317,7 @@ describe('faults', { skip }, () => {
       const texts = await talk.stop();
       report('everybody is back');
 
+      assert.deepStrictEqual(residents.flatMap(({ complaints }) => complaints), []);
       const stored = new Map();
       for (const channel of channels) stored.set(channel, await history(banter, founder.token, channel));
       const last = new Map(channels.map((channel) => [channel, stored.get(channel).at(-1).id]));
@@ -340,7 +341,6 @@ describe('faults', { skip }, () => {
           for (const { id, message } of heard) assert.strictEqual(message, messages[id - 1].message);
         }
       }
-      assert.deepStrictEqual(residents.flatMap(({ complaints }) => complaints), []);
       const codes = new Set(residents.flatMap(({ refusals }) => refusals.map(({ code }) => code)));
       for (const code of codes) assert.ok(['unavailable', 'not_joined'].includes(code), `a post was refused with ${code}`);
       report(`${talk.count()} posts, refusals ${[...codes].join(', ') || 'none'}, slowest answer ${Math.max(...residents.map(({ slowest }) => slowest)).toFixed(0)} ms`);

@@ -6,7 +6,7 @@
 
 const { Client, parseMessage } = require('./client.js');
 const { channelPath } = require('./rest.js');
-const { sleep, until, within } = require('./wait.js');
+const { sleep, until } = require('./wait.js');
 
 const ATTEMPT_DEADLINE = 20_000;
 /** How long it waits for the answer to a post before it tries again. */
@@ -40,7 +40,10 @@ class Resident extends Client {
   hears({ channel, id, message, user }) {
     const room = this.rooms.get(channel);
     if (!room) return this.complain(`hears of ${channel}, which it never joined`);
-    if (!(id > room.last)) this.complain(`${channel}: hears ${id} (${message}) after ${room.last}`);
+    if (!(id > room.last)) {
+      const named = this.named[this.connections]?.[channel];
+      this.complain(`${channel}: hears ${id} after ${room.last}, on connection ${this.connections}, for which it named ${named}`);
+    }
     room.last = Math.max(room.last, id);
     room.heard.push({ id, message, user });
   }
@@ -129,20 +132,22 @@ class Resident extends Client {
 
   async joinAgain(channel) {
     await this.readUp(channel);
+    // What is said now would be sent once there is another connection, which is too late.
+    if (!this.socket.connected) throw new Error('the connection is gone');
     const after = this.lastIds()[channel];
-    // The answer is dealt with where it arrives: what comes right behind it counts on it.
-    const answer = new Promise((resolve) => {
-      this.socket.emit('channel:join', { channel, after }, (answer) => {
-        if (answer.reset) this.complain(`${channel}: reset, after ${after}`);
-        if (answer.more) this.complain(`${channel}: more than it can be told at once, after ${after}`);
-        for (const message of answer.messages ?? []) this.hears(parseMessage(message));
-        const room = this.rooms.get(channel);
-        room.last = Math.max(room.last, answer.last ?? 0);
-        resolve(answer);
-      });
+    let answer;
+    // It is dealt with where it arrives: what comes right behind it counts on it.
+    this.socket.emit('channel:join', { channel, after }, (ack) => {
+      answer = ack;
+      if (ack.reset) this.complain(`${channel}: reset, after ${after}`);
+      if (ack.more) this.complain(`${channel}: more than it can be told at once, after ${after}`);
+      for (const message of ack.messages ?? []) this.hears(parseMessage(message));
+      const room = this.rooms.get(channel);
+      room.last = Math.max(room.last, ack.last ?? 0);
+      this.stir();
     });
-    const { error, code } = await within(`${this}: joins ${channel}`, answer, ANSWER_DEADLINE);
-    if (error !== undefined) throw new Error(`join: ${code}: ${error}`);
+    await this.when(`the answer to joining ${channel}`, () => answer || !this.socket.connected, ANSWER_DEADLINE);
+    if (answer?.error !== undefined || !answer) throw new Error(`join: ${JSON.stringify(answer)}`);
   }
 
   /** Reads by REST what it missed, since an answer to a join holds 200 messages at most. */
