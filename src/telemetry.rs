@@ -82,11 +82,16 @@ fn parse_filter(filter: &str) -> Result<EnvFilter, ConfigError> {
     } else {
         filter
     };
-    EnvFilter::builder().parse(filter).map_err(|error| {
+    let filter = EnvFilter::builder().parse(filter).map_err(|error| {
         ConfigError::new(format!(
             "--log (RUST_LOG): {filter:?} is no log filter ({error}); expected error, warn, info, \
              debug or trace, or directives such as info,banter::master=debug"
         ))
+    })?;
+    // What it traces are whole frames, with tokens and what people say to each other in them.
+    Ok(match "tungstenite=info".parse() {
+        Ok(directive) => filter.add_directive(directive),
+        Err(_) => filter,
     })
 }
 

@@ -210,15 +210,13 @@ impl Intake {
         let mut count = self.connections.count.subscribe();
         let mut said = None;
         loop {
-            let credit = self.credit(*count.borrow_and_update());
-            if said != Some(credit) {
-                end.send(&ToMaster::Credit(credit)).await?;
-                said = Some(credit);
-            }
-            let state = credit.state;
+            count.borrow_and_update();
+            let state = self.say_credit(&end, &mut said).await?;
             tokio::select! {
                 received = end.recv() => match received {
-                    Ok(Some((offer, socket))) => self.offered(&end, offer, socket).await?,
+                    Ok(Some((offer, socket))) => {
+                        self.offered(&end, offer, socket, &mut said).await?;
+                    }
                     Ok(None) => return Ok(()),
                     Err(HandoffError::FdLost { seq }) => {
                         tracing::error!("a connection was lost to the limit on open files");
@@ -232,6 +230,20 @@ impl Intake {
                 () = self.draining.cancelled(), if state != WorkerState::Draining => {}
             }
         }
+    }
+
+    /// Tells the master what the worker takes from now on, if that has changed.
+    async fn say_credit(
+        &self,
+        end: &WorkerEnd,
+        said: &mut Option<Credit>,
+    ) -> Result<WorkerState, HandoffError> {
+        let credit = self.credit(self.connections.count());
+        if *said != Some(credit) {
+            end.send(&ToMaster::Credit(credit)).await?;
+            *said = Some(credit);
+        }
+        Ok(credit.state)
     }
 
     fn credit(&self, count: u32) -> Credit {
@@ -266,23 +278,30 @@ impl Intake {
         end: &WorkerEnd,
         offer: Offer,
         socket: OwnedFd,
+        said: &mut Option<Credit>,
     ) -> Result<(), HandoffError> {
         let seq = offer.seq;
         // A stale one is being served elsewhere by now: two must not read from it.
         if offer.is_stale(handoff::monotonic_millis()) || self.draining.is_cancelled() {
             return end.send(&ToMaster::Refuse { seq }).await;
         }
+        let (transport, handle) = match Transport::new(socket.into(), offer.peer, offer.client) {
+            Ok(transport) => transport,
+            Err(error) => {
+                // It was reset on the way.
+                tracing::debug!(%error, "a connection could not be set up");
+                return end.send(&ToMaster::Ack { seq }).await;
+            }
+        };
+        let (place, of_address) = self.connections.add(handle.clone());
+        // First the place that it takes, then the acknowledgement that makes room for the next.
+        self.say_credit(end, said).await?;
         end.send(&ToMaster::Ack { seq }).await?;
-        match Transport::new(socket.into(), offer.peer, offer.client) {
-            Ok((transport, handle)) => self.serve(transport, handle),
-            // It was reset on the way.
-            Err(error) => tracing::debug!(%error, "a connection could not be set up"),
-        }
+        self.serve(transport, handle, place, of_address);
         Ok(())
     }
 
-    fn serve(&self, mut transport: Transport, handle: Arc<Handle>) {
-        let (place, of_address) = self.connections.add(handle.clone());
+    fn serve(&self, mut transport: Transport, handle: Arc<Handle>, place: Place, of_address: u32) {
         transport.hold(Box::new(place) as Box<dyn Any + Send>);
         let too_many = self
             .capacity

@@ -100,7 +100,9 @@ suite('posting', {}, (scenario, banter) => {
         const answer = await bob.join(key, after);
         const ids = answer.messages.map((m) => JSON.parse(m).id);
         assert.ok(dense(ids), 'history is dense');
-        if (after !== undefined) assert.strictEqual(ids[0], after + 1);
+        // On a quick day more than an answer holds has come since; then the latest ones are in it.
+        if (answer.more) assert.strictEqual(ids.length, 200);
+        else if (after !== undefined) assert.strictEqual(ids[0], after + 1);
         else assert.strictEqual(ids.length, 25);
         assert.strictEqual(answer.last, ids.at(-1), '`last` is where the history ends');
         latest = answer.last;

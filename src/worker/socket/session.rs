@@ -168,7 +168,11 @@ impl AnswerTo {
         match self {
             Self::Client(ack) => wire.acknowledge(ack, refusal, SMALL_EVENT),
             Self::Master { id, link } => {
-                let outcome = JoinedElsewhere::Unavailable;
+                let outcome = match refusal.code {
+                    // The user left at the same moment: nobody is joined.
+                    Code::NotJoined => JoinedElsewhere::Offline,
+                    _ => JoinedElsewhere::Unavailable,
+                };
                 link.tell(FromWorker::Attached { id, outcome });
             }
         }
