@@ -135,7 +135,12 @@ mod tests {
         for filter in ["info", "WARN", "info,banter::master=debug"] {
             parse_filter(filter).unwrap();
         }
-        assert_eq!(parse_filter("").unwrap().to_string(), "info");
+        let all = parse_filter("trace").unwrap().to_string();
+        assert!(all.contains("tungstenite=info"), "no frames: {all}");
+        assert_eq!(
+            parse_filter("").unwrap().to_string(),
+            parse_filter("info").unwrap().to_string()
+        );
     }
 
     #[test]
