@@ -22,7 +22,8 @@ function raw(port, bytes, { localAddress = '127.0.0.1', deadline = 30_000 } = {}
   return within('the server closes the connection', closed, deadline);
 }
 
-suite('connections', { workers: 2, env: { BANTER_GRACE: '1', BANTER_PING_INTERVAL: '60', BANTER_PING_TIMEOUT: '60' } }, (scenario, banter) => {
+// What happens here happens before any store is asked, so one store is enough.
+suite('connections', { store: 'embedded', workers: 2, env: { BANTER_GRACE: '1', BANTER_PING_INTERVAL: '60', BANTER_PING_TIMEOUT: '60' } }, (scenario, banter) => {
   const descriptors = () => {
     const { master, workers } = banter().roles();
     const count = (pid) => fs.readdirSync(`/proc/${pid}/fd`).length;
