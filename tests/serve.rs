@@ -277,8 +277,8 @@ fn what_the_operator_has_to_mend_is_told_in_one_line_with_its_own_exit_status() 
     for (args, (name, value), told) in [
         (
             &["serve"][..],
-            ("REDIS_URL", "redis://localhost"),
-            "banter: REDIS_URL is not supported",
+            ("REDIS_URL", "localhost:6379"),
+            "banter: REDIS_URL: \"localhost:6379\" does not begin with a known scheme",
         ),
         (
             &["serve"],
