@@ -20,7 +20,7 @@ use super::socket::session::{self, JoinAnswer};
 use super::socket::wire::{self, Connection};
 use crate::control::{Command, Ending, FromMaster, FromWorker, JoinedElsewhere};
 use crate::presence::{Event, Notice, Numbered, Position, Received, Replica, Snapshot, Status};
-use crate::store::{BusEvent, BusSink, PAGE_LIMIT, Page, Range, Store, StoreError};
+use crate::store::{BusEvent, BusSink, Message, PAGE_LIMIT, Page, Range, Store, StoreError};
 use crate::systemd;
 
 /// Items waiting for the loop.
@@ -50,6 +50,13 @@ pub struct Local {
     pub session: mpsc::Sender<session::Input>,
     /// The client names no ids when it comes back, and is spared its own messages.
     pub spare_own: bool,
+}
+
+impl Local {
+    /// Whether a message is one that the socket is not to hear, since it said it itself.
+    fn is_own(&self, message: &Message) -> bool {
+        *message.sender == *self.connection || (self.spare_own && *message.user == *self.user)
+    }
 }
 
 /// Puts a socket into rooms, at an exact place in each one's messages.
@@ -709,9 +716,7 @@ impl Loop {
                     let Some(seat) = self.seats.get(connection) else {
                         continue;
                     };
-                    let own = *message.sender == **connection
-                        || (seat.local.spare_own && *message.user == *seat.local.user);
-                    if !own && message.id > *from {
+                    if !seat.local.is_own(message) && message.id > *from {
                         seat.local.wire.emit("message:post", &*message.event);
                     }
                 }
@@ -860,8 +865,9 @@ impl Loop {
                         continue;
                     };
                     for message in room.feed.after(*id) {
-                        let own = seat.local.spare_own && *message.user == *seat.local.user;
-                        if !own && !seat.local.wire.try_emit("message:post", &*message.event) {
+                        if !seat.local.is_own(message)
+                            && !seat.local.wire.try_emit("message:post", &*message.event)
+                        {
                             let _ = outcome.send(Attached::Again(channels, Purpose::Resume));
                             return;
                         }

@@ -183,12 +183,7 @@ impl Sessions {
     /// The session of a connected socket. `transport` is the stream of its first request, which
     /// is the session's own if that asked for a WebSocket.
     pub fn connected(&self, sid: &str, websocket: Option<Arc<Handle>>) -> Arc<EngineSession> {
-        let mut sessions = self.by_id.lock();
-        let session = sessions
-            .entry(sid.to_owned())
-            .or_insert_with(EngineSession::new)
-            .clone();
-        drop(sessions);
+        let session = self.opened(sid.to_owned());
         if let Some(handle) = websocket {
             *session.websocket.lock() = Some(handle);
         }
