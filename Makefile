@@ -20,10 +20,13 @@ if ! cmp -s $(1)/package-lock.json "$$stamp"; then
 	cp $(1)/package-lock.json "$$stamp"
 fi
 endef
+# Where `make install` puts things; DESTDIR goes before all of it.
+PREFIX := /usr/local
+BIN := $(TARGET_DIR)/release/banter
 # Root needs no sudo; without a terminal sudo must not ask.
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo -n)
 
-.PHONY: help run build test test-unit test-clients test-redis bench fmt lint advisories install-node install-test-deps install-bench-deps
+.PHONY: help run build install test test-unit test-clients test-redis bench fmt lint advisories install-node install-test-deps install-bench-deps
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 20
@@ -72,6 +75,21 @@ bench: install-bench-deps ## Measure the store, and the server beside a peer (th
 	@$(CARGO) build --release --locked
 	$(CARGO) bench --locked --bench store
 	BANTER_BIN="$(abspath $(TARGET_DIR))/release/banter" node $(PEER)/run.js
+
+install: $(BIN) ## Install binary and units (PREFIX=/usr/local, DESTDIR=); README says what to do then
+	@lib="$(DESTDIR)$(PREFIX)/lib" etc="$(DESTDIR)/etc/banter"
+	install -Dm 755 -s "$(BIN)" "$(DESTDIR)$(PREFIX)/bin/banter"
+	for unit in systemd/*.service systemd/*.socket systemd/*.target; do
+		install -Dm 644 "$$unit" -t "$$lib/systemd/system"
+		sed -i 's#/usr/bin/banter#$(PREFIX)/bin/banter#' "$$lib/systemd/system/$${unit##*/}"
+	done
+	install -Dm 644 systemd/sysusers.conf "$$lib/sysusers.d/banter.conf"
+	install -Dm 644 systemd/tmpfiles.conf "$$lib/tmpfiles.d/banter.conf"
+	# An operator's settings stay.
+	[ -e "$$etc/banter.conf" ] || install -Dm 640 systemd/banter.conf "$$etc/banter.conf"
+
+$(TARGET_DIR)/release/banter:
+	@$(CARGO) build --release --locked
 
 .PHONY: install-redis-server apt-install
 install-redis-server:
