@@ -26,7 +26,7 @@ BIN := $(TARGET_DIR)/release/banter
 # Root needs no sudo; without a terminal sudo must not ask.
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo -n)
 
-.PHONY: help run build install test test-unit test-clients test-redis bench fmt lint advisories install-node install-test-deps install-bench-deps
+.PHONY: help run build install test test-unit test-clients test-redis test-systemd bench fmt lint advisories install-node install-test-deps install-bench-deps
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 20
@@ -37,7 +37,7 @@ run: ## Build and run a server on port 8000 (make run ARGS="--port 9000 --worker
 build: ## Build the binary that the client tests run
 	@$(CARGO) build --locked
 
-test: test-unit test-clients test-redis ## Run all tests
+test: test-unit test-clients test-redis test-systemd ## Run all tests
 
 test-unit: install-redis-server ## Run the tests of the crate
 	@log=$$(mktemp)
@@ -58,6 +58,10 @@ test-redis: install-test-deps build ## Run them with Redis as the store, which m
 	for workers in 1 4; do
 		BANTER_TEST_WORKERS=$$workers node $(CLIENTS)/run.js $(CLIENTS)/chat.test.js $(CLIENTS)/order.test.js
 	done
+
+test-systemd: install-test-deps install-systemd-container build ## Run the units under a real systemd, on machines of their own (root)
+	@export BANTER_BIN="$${BANTER_BIN:-$(abspath $(TARGET_DIR))/debug/banter}"
+	$(SUDO) env "PATH=$$PATH" BANTER_BIN="$$BANTER_BIN" node tests/systemd/run.js $(FILES)
 
 install-node: ## Install Node.js where it is missing
 	@if ! { command -v node && command -v npm; } >/dev/null; then
@@ -91,7 +95,10 @@ install: $(BIN) ## Install binary and units (PREFIX=/usr/local, DESTDIR=); READM
 $(TARGET_DIR)/release/banter:
 	@$(CARGO) build --release --locked
 
-.PHONY: install-redis-server apt-install
+.PHONY: install-redis-server install-systemd-container apt-install
+install-systemd-container:
+	@command -v systemd-nspawn >/dev/null || $(MAKE) apt-install PACKAGES=systemd-container
+
 install-redis-server:
 	@command -v redis-server >/dev/null || $(MAKE) apt-install PACKAGES=redis-server
 
