@@ -3,10 +3,10 @@
 // resume, and nobody else notices.
 
 const assert = require('node:assert');
-const net = require('node:net');
 const { suite } = require('./lib/suite.js');
 const { Knocker } = require('./lib/knocker.js');
 const { systemctl, mainPid, replaced, journal, dropIn, becomes } = require('./lib/systemd.js');
+const { RawWebSocket, frame, TEXT } = require('../clients/lib/raw.js');
 const { createChannels, settle, chatter, audit } = require('../clients/lib/village.js');
 const { until } = require('../clients/lib/wait.js');
 
@@ -143,17 +143,16 @@ suite('workers', { redis: true }, (scenario) => {
     await banter.serving();
     const residents = await meanwhile(world, async () => {
       const old = await mainPid(banter.unit(1));
-      // Requests that never end, each of nearly the largest body that is taken.
+      // Messages of nearly the largest size that is taken, which never end.
       const hungry = [];
       const localAddress = await banter.addressOfWorker(1);
-      const body = Buffer.alloc(1_000_000, ' ');
+      const message = frame(TEXT, Buffer.alloc(990_000, '4')).subarray(0, -1);
       try {
-        for (let i = 0; i < 120; i++) {
-          const socket = net.connect({ host: '127.0.0.1', port: banter.port, localAddress });
-          socket.on('error', () => {});
-          socket.write(`POST /auth/login HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: ${body.length + 1}\r\n\r\n`);
-          socket.write(body);
+        for (let i = 0; i < 150 && await mainPid(banter.unit(1)) === old; i++) {
+          const socket = new RawWebSocket(banter.port, { EIO: 4 }, { localAddress });
           hungry.push(socket);
+          await until('it is upgraded', () => socket.upgraded || socket.closed);
+          socket.write(message);
         }
         await replaced(banter.unit(1), old, 30_000);
       } finally {
