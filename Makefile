@@ -89,6 +89,7 @@ install: $(BIN) ## Install binary and units (PREFIX=/usr/local, DESTDIR=); READM
 	done
 	install -Dm 644 systemd/sysusers.conf "$$lib/sysusers.d/banter.conf"
 	install -Dm 644 systemd/tmpfiles.conf "$$lib/tmpfiles.d/banter.conf"
+	install -Dm 644 systemd/redis-tcp.conf -t "$(DESTDIR)$(PREFIX)/share/doc/banter/examples"
 	# An operator's settings stay.
 	[ -e "$$etc/banter.conf" ] || install -Dm 640 systemd/banter.conf "$$etc/banter.conf"
 
