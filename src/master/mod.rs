@@ -89,7 +89,7 @@ pub async fn run(args: MasterArgs) -> anyhow::Result<()> {
         () = tasks.wait() => anyhow::bail!("a part of the master stopped unexpectedly"),
         error = backend.displaced() => return Err(ConfigError::new(error).into()),
     }
-    systemd::stopping();
+    systemd::stopping(Duration::from_secs(5));
     stop.cancel();
     if tokio::time::timeout(Duration::from_secs(5), tasks.wait())
         .await

@@ -150,7 +150,13 @@ impl Connections {
 
     /// Closes them all.
     pub fn kill_all(&self) {
-        for handle in self.open.lock().handles.values() {
+        self.kill(|_| true);
+    }
+
+    /// Closes those that it applies to.
+    pub fn kill(&self, applies: impl Fn(&Handle) -> bool) {
+        let open = self.open.lock();
+        for handle in open.handles.values().filter(|handle| applies(handle)) {
             handle.kill();
         }
     }
@@ -325,8 +331,19 @@ impl Intake {
             .max_buf_size(64 * 1024)
             .serve_connection(TokioIo::new(transport), service)
             .with_upgrades();
+        let draining = self.draining.clone();
         tokio::spawn(async move {
-            if let Err(error) = connection.await {
+            let mut connection = std::pin::pin!(connection);
+            let served = tokio::select! {
+                // First: a request that has arrived is answered.
+                biased;
+                served = connection.as_mut() => served,
+                () = draining.cancelled() => {
+                    connection.as_mut().graceful_shutdown();
+                    connection.await
+                }
+            };
+            if let Err(error) = served {
                 // Clients that break off or send garbage: their own affair.
                 tracing::debug!(%error, "a connection ended");
             }
