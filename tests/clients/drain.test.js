@@ -204,6 +204,51 @@ suite('two workers that close all sockets at once', { workers: 2, env: { BANTER_
   }
 });
 
+suite('a master that is restarted', { workers: 2 }, (scenario, banter) => {
+  const { personOn, workers } = tools(banter);
+
+  scenario('no connection is refused or reset, no socket is closed, and posts go on', async (world) => {
+    const [w1, w2] = workers();
+    const key = banter().key();
+    const ann = await personOn(world, w1, 'ann');
+    const bob = await personOn(world, w2, 'bob', { version: 2 });
+    for (const client of [ann, bob]) await world.restJoin(client, key);
+    const first = (await bob.post(key, 'first')).id;
+    await ann.waitFor('message:post', (m) => m.id === first);
+    const posters = [keepPosting(ann, key, 'ann'), keepPosting(bob, key, 'bob')];
+    let going = true;
+    let served = 0;
+    const failures = [];
+    const callers = Array.from({ length: 12 }, async (_, i) => {
+      while (going) {
+        try {
+          const { status } = await banter().api('GET', '/channels', { token: ann.token, localAddress: `127.0.20.${i + 1}`, deadline: 20_000 });
+          if (status !== 200) failures.push(status);
+          served += 1;
+        } catch (error) {
+          failures.push(error.message);
+        }
+      }
+    });
+    for (let round = 0; round < 5; round++) {
+      const mark = served;
+      await until('the callers are served', () => served >= mark + 100, 20_000);
+      const old = banter().masterPid();
+      process.kill(old, 'SIGTERM');
+      await until('another master', () => ![undefined, old].includes(banter().roles().master), 20_000);
+    }
+    const mark = served;
+    await until('the callers are served', () => served >= mark + 100, 20_000);
+    going = false;
+    await Promise.all(callers);
+    await Promise.all(posters.map(({ stop }) => stop()));
+    assert.deepStrictEqual(failures, [], `of ${served} requests`);
+    for (const client of [ann, bob]) {
+      assert.deepStrictEqual(client.life.map(({ what }) => what), ['connect'], `${client} was never disconnected`);
+    }
+  });
+});
+
 describe('stopping', () => {
   test('a second SIGTERM closes a draining worker at once, and `banter serve` waits for no drain', { timeout: 120_000 }, async () => {
     const banter = await startBanter({ workers: 1, env: { BANTER_DRAIN: '3000' } });
