@@ -230,6 +230,11 @@ pub struct WorkerArgs {
     /// The worker's number, its identity in routing and logs.
     #[arg(value_name = "N")]
     pub number: u32,
+    /// Seconds over which the clients' sockets are closed after SIGTERM, so that they do not come back
+    /// all at once. 0: all together.
+    #[arg(long, env = "BANTER_DRAIN", default_value_t = 3, value_name = "SECONDS",
+          value_parser = clap::value_parser!(u32).range(0..=3600))]
+    pub drain: u32,
     #[command(flatten)]
     #[allow(missing_docs)]
     pub runtime: RuntimeArgs,

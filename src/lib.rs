@@ -14,6 +14,7 @@ pub mod presence;
 pub mod routing;
 pub mod secret;
 pub mod serve;
+pub mod signals;
 pub mod store;
 pub mod systemd;
 pub mod telemetry;

@@ -416,7 +416,7 @@ struct Timing {
     ready_within: Duration,
     /// From `READY=1` or `WATCHDOG=1` to the next `WATCHDOG=1`.
     watchdog: Duration,
-    /// From SIGTERM, or a child's own `STOPPING=1`, to its end.
+    /// From SIGINT, or a child's own `STOPPING=1`, to its end; a child may ask for more.
     stop_within: Duration,
 }
 
@@ -432,7 +432,7 @@ const TIMING: Timing = Timing {
 /// How children are told to stop.
 #[derive(Debug, Clone, Default)]
 struct Stop {
-    /// By SIGTERM, and no restart any more.
+    /// By SIGINT, and no restart any more.
     term: CancellationToken,
     /// By SIGKILL, at once.
     kill: CancellationToken,
@@ -498,7 +498,7 @@ async fn supervise_all(
                     stop.iter().for_each(|stop| stop.kill.cancel());
                 } else {
                     tracing::info!("stopping");
-                    systemd::stopping();
+                    systemd::stopping(timing.stop_within);
                     // The workers first, so that they say goodbye to their clients while the master
                     // is still there. Nobody waits for anybody.
                     stop.iter().for_each(|stop| stop.term.cancel());
@@ -571,13 +571,17 @@ async fn supervise(
                     let text = format!("{child} refuses its configuration; see what it says above");
                     return Err(ConfigError::new(text).into());
                 }
+                if end.status.success() {
+                    // Told to go by somebody else, as in a rolling restart: no failure to wait longer for.
+                    backoff.reset();
+                }
                 end.to_string()
             }
             Err(error) => format!("cannot start {}: {error}", spec.program.display()),
         };
         let delay = backoff.after(started.elapsed());
         let delay_ms = u64::try_from(delay.as_millis()).unwrap_or(u64::MAX);
-        tracing::warn!(child, delay_ms, "died, starting it again: {reason}");
+        tracing::warn!(child, delay_ms, "ended, starting it again: {reason}");
         tokio::select! {
             () = sleep(delay) => {}
             () = stop.term.cancelled() => {}
@@ -601,10 +605,15 @@ impl<'a> Backoff<'a> {
         }
     }
 
+    /// Begins with the first wait again.
+    fn reset(&mut self) {
+        self.next = self.timing.first_delay;
+    }
+
     /// The wait before the next start of a child that `ran` so long.
     fn after(&mut self, ran: Duration) -> Duration {
         if ran >= self.timing.reset_after {
-            self.next = self.timing.first_delay;
+            self.reset();
         }
         let delay = self.next;
         self.next = (delay * 2).min(self.timing.max_delay);
@@ -662,6 +671,12 @@ impl Phase {
     }
 }
 
+/// For how much longer a child asks, however its time is limited.
+fn extension(assignment: &str) -> Option<Duration> {
+    let micros = assignment.strip_prefix("EXTEND_TIMEOUT_USEC=")?;
+    micros.parse().ok().map(Duration::from_micros)
+}
+
 /// Follows a child from its start to its end, and brings that about where it is due.
 async fn follow(
     child: &str,
@@ -692,6 +707,9 @@ async fn follow(
                         ("STOPPING=1", Phase::Starting | Phase::Serving) => Phase::Stopping,
                         _ => {
                             tracing::debug!(child, assignment, "notification");
+                            if let Some(time) = extension(assignment) {
+                                deadline = deadline.max(Instant::now() + time);
+                            }
                             continue;
                         }
                     };
@@ -716,13 +734,15 @@ async fn follow(
     }
 }
 
-/// Sends SIGTERM to a child that has not been waited for, whose id therefore is still its own.
+/// Tells a child to end at once. All of them end, so that there is nobody to hand clients over to,
+/// which is what they would do after SIGTERM.
 fn terminate(process: &Child) -> io::Result<()> {
     let pid = process
         .id()
         .and_then(|id| Pid::from_raw(i32::try_from(id).ok()?));
     match pid {
-        Some(pid) => Ok(kill_process(pid, Signal::TERM)?),
+        // It has not been waited for, so the id is still its own.
+        Some(pid) => Ok(kill_process(pid, Signal::INT)?),
         None => Ok(()),
     }
 }
@@ -813,7 +833,7 @@ mod tests {
             }
             "stopping" => {
                 systemd::ready("fake");
-                systemd::stopping();
+                systemd::stopping(Duration::ZERO);
             }
             "accept" => {
                 let sockets = ListenSockets::from_env().unwrap().unwrap();
@@ -917,12 +937,13 @@ mod tests {
             max_delay: Duration::from_millis(100),
             ..patient()
         };
-        // Also one that claims success or is killed: a server has no business to end.
+        // Also one that is killed, and one that was told to go by somebody else, which is no reason
+        // to wait longer.
         let script = "echo start >> $LOG; case $(wc -l < $LOG) in
             1) exit 1;; 2) exit 0;; 3) kill -9 $$;; *) exec sleep 1000;; esac";
         let child = alone(shell(&dir, "worker", script), timing);
         until(&dir, "four starts", |lines| lines.len() == 4).await;
-        assert!(started.elapsed() >= Duration::from_millis(50 + 100 + 100));
+        assert!(started.elapsed() >= Duration::from_millis(50 + 50 + 100));
         child.kill().await;
     }
 
@@ -1006,13 +1027,13 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_child_that_ignores_sigterm_is_killed_in_time_and_not_started_again() {
+    async fn a_child_that_ignores_being_told_to_stop_is_killed_in_time_and_not_started_again() {
         let dir = tempfile::tempdir().unwrap();
         let timing = Timing {
             stop_within: Duration::from_millis(100),
             ..patient()
         };
-        let script = "trap '' TERM; echo start >> $LOG; while :; do sleep 0.05; done";
+        let script = "trap '' INT; echo start >> $LOG; while :; do sleep 0.05; done";
         let child = alone(shell(&dir, "worker", script), timing);
         until(&dir, "a start", |lines| !lines.is_empty()).await;
         child.stop.term.cancel();
@@ -1035,7 +1056,7 @@ mod tests {
         assert_eq!(log(&dir), ["start"]);
     }
 
-    const SLEEPER: &str = "trap 'echo stopped >> $LOG; exit 0' TERM; echo start >> $LOG
+    const SLEEPER: &str = "trap 'echo stopped >> $LOG; exit 0' INT; echo start >> $LOG
         while :; do sleep 0.05; done";
 
     #[tokio::test]
@@ -1070,7 +1091,7 @@ mod tests {
             format!(
                 "trap 'echo {own}-told >> $LOG
                        until grep -q {other}-told $LOG; do sleep 0.01; done
-                       echo {own}-ended >> $LOG; exit 0' TERM
+                       echo {own}-ended >> $LOG; exit 0' INT
                  echo start >> $LOG; while :; do sleep 0.05; done"
             )
         };
@@ -1095,7 +1116,7 @@ mod tests {
     #[tokio::test]
     async fn a_second_signal_kills_at_once() {
         let dir = tempfile::tempdir().unwrap();
-        let script = "trap 'echo told >> $LOG' TERM; echo start >> $LOG
+        let script = "trap 'echo told >> $LOG' INT; echo start >> $LOG
                       while :; do sleep 0.05; done";
         let master = shell(&dir, "master", script);
         let worker = shell(&dir, "worker 0", script);

@@ -288,9 +288,13 @@ pub fn status(text: &str) {
     notify(&[NotifyState::Status(&one_line(text))]);
 }
 
-/// Tells that the process is on its way out.
-pub fn stopping() {
-    notify(&[NotifyState::Stopping]);
+/// Tells that the process is on its way out, which takes no longer than `within`.
+pub fn stopping(within: Duration) {
+    notify(&[NotifyState::Stopping, extend(within)]);
+}
+
+fn extend(time: Duration) -> NotifyState<'static> {
+    NotifyState::ExtendTimeoutUsec(u32::try_from(time.as_micros()).unwrap_or(u32::MAX))
 }
 
 /// Tells that the process is alive. Call it each [`watchdog_interval`] from the loop that does the
@@ -653,7 +657,7 @@ mod tests {
             ready("2 workers\nREADY=0");
             watchdog();
             status("3 workers");
-            stopping();
+            stopping(Duration::from_secs(3));
             println!("told: {:?}", watchdog_interval());
             return;
         }
@@ -674,7 +678,7 @@ mod tests {
             "READY=1\nSTATUS=2 workers READY=0\n",
             "WATCHDOG=1\n",
             "STATUS=3 workers\n",
-            "STOPPING=1\n",
+            "STOPPING=1\nEXTEND_TIMEOUT_USEC=3000000\n",
         ] {
             let length = socket.recv(&mut buffer).unwrap();
             assert_eq!(std::str::from_utf8(&buffer[..length]).unwrap(), expected);

@@ -10,10 +10,12 @@
 
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream};
+use std::os::fd::AsFd;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 
+use banter::handoff::{self, Listener, MasterEnd, Offer, ToMaster, ToWorker};
 use rustix::process::{Pid, Signal, kill_process};
 use socket2::{Domain, Socket, Type};
 use tempfile::TempDir;
@@ -250,6 +252,87 @@ fn a_worker_that_dies_takes_no_waiting_connection_along() {
         let answer = read_all(stream);
         assert!(answer.starts_with("HTTP/1.1 200 OK\r\n"), "{answer}");
     }
+}
+
+#[test]
+fn a_master_that_is_told_to_stop_hands_over_what_it_has_accepted() {
+    let place = Place::new();
+    let master = place.master();
+    let worker = place.worker(0, &[]);
+    place.hosts_of(0);
+    worker.freeze();
+    let before = place.accepted();
+    let mut waiting: Vec<TcpStream> = (2..22)
+        .map(|host| {
+            let mut stream = place.connect(host).unwrap();
+            ask_health(&mut stream, "close");
+            stream
+        })
+        .collect();
+    until("all are accepted", || {
+        place.accepted() == before + waiting.len()
+    });
+    // So old that the worker refuses what it was offered: the master alone has the connections.
+    std::thread::sleep(Duration::from_millis(600));
+    master.signal(Signal::TERM);
+    worker.signal(Signal::CONT);
+    for stream in &mut waiting {
+        let answer = read_all(stream);
+        assert!(answer.starts_with("HTTP/1.1 200 OK\r\n"), "{answer}");
+    }
+    assert!(master.stop());
+}
+
+/// The test in the master's place, for one worker.
+async fn greeted(listener: &Listener) -> MasterEnd {
+    let end = listener.accept().await.unwrap();
+    let hello = end.recv().await.unwrap();
+    assert!(matches!(hello, Some(ToMaster::Hello { .. })), "{hello:?}");
+    let credit = end.recv().await.unwrap();
+    assert!(matches!(credit, Some(ToMaster::Credit(_))), "{credit:?}");
+    end
+}
+
+#[test]
+fn a_worker_serves_what_it_was_offered_by_a_master_that_is_gone_but_not_what_others_may_have() {
+    let place = Place::new();
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
+    runtime.block_on(async {
+        let listener = Listener::bind(&place.dir.path().join("handoff.sock")).unwrap();
+        let worker = place.worker(0, &[]);
+        let end = greeted(&listener).await;
+        worker.freeze();
+        let now = handoff::monotonic_millis();
+        let accepting = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        // However long this takes, the first and the last are young; the other is old.
+        let clients = [now + 60_000, now - 1_000, now + 60_000].map(|at| {
+            let client = TcpStream::connect(accepting.local_addr().unwrap()).unwrap();
+            client.set_read_timeout(Some(DEADLINE)).unwrap();
+            let (socket, peer) = accepting.accept().unwrap();
+            let offer = Offer {
+                seq: at,
+                peer,
+                client: peer.ip(),
+                at,
+            };
+            end.try_send(&ToWorker::Offer(offer), socket.as_fd())
+                .unwrap();
+            client
+        });
+        drop((end, listener));
+        worker.signal(Signal::CONT);
+        let [mut first, mut second, mut third] = clients;
+        for client in [&mut first, &mut third] {
+            ask_health(client, "close");
+            let answer = read_all(client);
+            // Without a master it cannot say more.
+            assert!(answer.starts_with("HTTP/1.1 503 "), "{answer}");
+        }
+        assert_eq!(second.read(&mut [0]).unwrap(), 0, "closed unread");
+    });
 }
 
 #[test]

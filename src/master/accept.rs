@@ -1,62 +1,79 @@
 //! Takes connections from a listening socket, only while some worker can serve them: what is
 //! not accepted waits in the kernel's backlog, which a dying master does not take along.
 
+use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
 use super::router::{Accepted, RouterHandle};
 use crate::routing::{self, RoutingKey};
 
-/// Accepts until stopped.
+/// Accepts until stopped, or until the router has. What is accepted by then goes to the router all the
+/// same, and is counted in `under_way` until it has been handed over.
 pub async fn run(
     listener: TcpListener,
     router: RouterHandle,
     mut gate: watch::Receiver<bool>,
+    under_way: TaskTracker,
     stop: CancellationToken,
 ) {
-    let accepting = async {
-        loop {
-            if gate.wait_for(|open| *open).await.is_err() {
-                return;
+    loop {
+        let accepted = tokio::select! {
+            biased;
+            () = stop.cancelled() => return,
+            accepted = accept(&listener, &mut gate) => accepted,
+        };
+        let Some((stream, peer)) = accepted else {
+            return;
+        };
+        let stream = match stream.into_std() {
+            Ok(stream) => stream.into(),
+            Err(error) => {
+                tracing::warn!(%error, "an accepted connection was lost");
+                continue;
             }
-            let accepted = tokio::select! {
-                biased;
-                closed = gate.wait_for(|open| !*open) => match closed {
-                    Ok(_) => continue,
-                    Err(_) => return,
-                },
-                accepted = listener.accept() => accepted,
-            };
-            match accepted {
-                Ok((stream, peer)) => match stream.into_std() {
-                    Ok(stream) => {
-                        let client = routing::canonical(peer.ip());
-                        let key = RoutingKey::of(client);
-                        let stream = stream.into();
-                        let since = Instant::now();
-                        let accepted = Accepted {
-                            stream,
-                            peer,
-                            client,
-                            key,
-                            since,
-                        };
-                        if router.route(accepted).await.is_none() {
-                            return;
-                        }
-                    }
-                    Err(error) => tracing::warn!(%error, "an accepted connection was lost"),
-                },
-                Err(error) => {
-                    // Out of descriptors, or the peer was gone already. The former lasts.
-                    tracing::warn!(%error, "accept failed");
-                    tokio::time::sleep(Duration::from_millis(50)).await;
-                }
+        };
+        let client = routing::canonical(peer.ip());
+        let accepted = Accepted {
+            stream,
+            peer,
+            client,
+            key: RoutingKey::of(client),
+            since: Instant::now(),
+            under_way: under_way.token(),
+        };
+        if router.route(accepted).await.is_none() {
+            return;
+        }
+    }
+}
+
+/// The next connection, once there may be one; `None` if there will be none any more. Cancel safe.
+async fn accept(
+    listener: &TcpListener,
+    gate: &mut watch::Receiver<bool>,
+) -> Option<(TcpStream, SocketAddr)> {
+    loop {
+        gate.wait_for(|open| *open).await.ok()?;
+        let accepted = tokio::select! {
+            biased;
+            closed = gate.wait_for(|open| !*open) => {
+                closed.ok()?;
+                continue;
+            }
+            accepted = listener.accept() => accepted,
+        };
+        match accepted {
+            Ok(accepted) => return Some(accepted),
+            Err(error) => {
+                // Out of descriptors, or the peer was gone already. The former lasts.
+                tracing::warn!(%error, "accept failed");
+                tokio::time::sleep(Duration::from_millis(50)).await;
             }
         }
-    };
-    let _ = stop.run_until_cancelled(accepting).await;
+    }
 }

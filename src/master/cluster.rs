@@ -384,6 +384,12 @@ impl Cluster {
                     return;
                 };
                 let user = user.clone();
+                tracing::info!(
+                    event = "name_contested",
+                    user,
+                    worker,
+                    "somebody wants a name whose connection is believed alive: probing that"
+                );
                 let probe = FromMaster::Probe {
                     user: user.clone(),
                     generation,

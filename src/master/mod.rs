@@ -17,7 +17,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -26,6 +25,7 @@ use crate::ConfigError;
 use crate::cli::MasterArgs;
 use crate::handoff;
 use crate::presence::Numbered;
+use crate::signals::{Signals, Told};
 use crate::store::embedded::Embedded;
 use crate::store::redis::{Lease, LeaseError, RedisStore};
 use crate::{config, systemd};
@@ -33,11 +33,18 @@ use crate::{config, systemd};
 /// Changes of who is online that wait to be published; more are dropped, and asked for.
 const PUBLISHED: usize = 4096;
 
+/// How long a master that stops goes on handing over what it has accepted.
+const HAND_OVER: Duration = Duration::from_secs(2);
+
+/// How long its tasks may then take to end.
+const END: Duration = Duration::from_secs(5);
+
 /// Runs the master until it is told to stop.
 ///
 /// # Errors
 /// If the sockets or the store cannot be opened.
 pub async fn run(args: MasterArgs) -> anyhow::Result<()> {
+    let mut signals = Signals::listen()?;
     let runtime_dir = systemd::runtime_dir(&args.runtime)?;
     let sockets = match systemd::ListenSockets::from_env().map_err(ConfigError::new)? {
         Some(sockets) => sockets,
@@ -45,8 +52,8 @@ pub async fn run(args: MasterArgs) -> anyhow::Result<()> {
     };
     let backend = Backend::open(&args, &runtime_dir).await?;
 
-    let stop = CancellationToken::new();
-    let tasks = TaskTracker::new();
+    let (stop, accept_no_more) = (CancellationToken::new(), CancellationToken::new());
+    let (tasks, under_way) = (TaskTracker::new(), TaskTracker::new());
     let affinity = Arc::new(affinity::Affinity::default());
     let (router, gate) = router::spawn(&tasks, affinity.clone(), stop.clone());
     let handoff = handoff::Listener::from_fd(sockets.handoff)
@@ -59,7 +66,8 @@ pub async fn run(args: MasterArgs) -> anyhow::Result<()> {
             listener,
             router.clone(),
             gate.clone(),
-            stop.clone(),
+            under_way.clone(),
+            accept_no_more.clone(),
         ));
     }
     let control = tokio::net::UnixListener::from_std(sockets.control)
@@ -81,21 +89,37 @@ pub async fn run(args: MasterArgs) -> anyhow::Result<()> {
 
     systemd::ready("waiting for workers");
     tracing::info!(event = "master_started", "the master is ready");
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
+    let told = async {
+        loop {
+            match signals.next().await {
+                Told::Reload => {}
+                told => return told,
+            }
+        }
+    };
+    let told = tokio::select! {
+        told = told => told,
         () = tasks.wait() => anyhow::bail!("a part of the master stopped unexpectedly"),
         error = backend.displaced() => return Err(ConfigError::new(error).into()),
+    };
+    systemd::stopping(HAND_OVER + END);
+    // What is not accepted waits for the next master, in the backlog of a socket that outlives this
+    // one; what is accepted would be lost with it.
+    accept_no_more.cancel();
+    under_way.close();
+    if told == Told::Stop {
+        tokio::select! {
+            () = under_way.wait() => {}
+            () = tokio::time::sleep(HAND_OVER) => tracing::warn!(
+                connections = under_way.len(),
+                "some accepted connections find no worker: closing them"
+            ),
+            () = signals.stopped_again() => {}
+        }
     }
-    systemd::stopping();
     stop.cancel();
-    if tokio::time::timeout(Duration::from_secs(5), tasks.wait())
-        .await
-        .is_err()
-    {
-        tracing::warn!("some tasks did not stop within 5 s");
+    if tokio::time::timeout(END, tasks.wait()).await.is_err() {
+        tracing::warn!("some tasks did not stop within {} s", END.as_secs());
     }
     backend.close().await;
     Ok(())

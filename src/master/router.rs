@@ -14,6 +14,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+use tokio_util::task::task_tracker::TaskTrackerToken;
 
 use super::affinity::Affinity;
 use crate::handoff::{self, Credit, MasterEnd, Offer, ToMaster, ToWorker, WorkerState};
@@ -51,6 +52,8 @@ pub struct Accepted {
     pub key: RoutingKey,
     /// When it was accepted.
     pub since: Instant,
+    /// Kept for as long as the master has to do with it.
+    pub under_way: TaskTrackerToken,
 }
 
 /// What the hand-off streams tell the router.
@@ -346,15 +349,19 @@ impl Router {
         let now = Instant::now();
         let mut overdue = Vec::new();
         for (worker, slot) in &mut self.slots {
-            let oldest = slot.unacknowledged.values().next().map(|(sent, _)| *sent);
-            if oldest.is_some_and(|sent| now.duration_since(sent) >= SILENCE) {
+            // Only those: a younger one the worker may still take, should it come back to life.
+            let late: Vec<_> = slot
+                .unacknowledged
+                .extract_if(.., |_, (sent, _)| now.duration_since(*sent) >= SILENCE)
+                .collect();
+            if !late.is_empty() {
                 tracing::warn!(
                     worker,
-                    connections = slot.unacknowledged.len(),
+                    connections = late.len(),
                     "the worker does not take connections: routing them anew"
                 );
                 slot.silent = true;
-                overdue.extend(std::mem::take(&mut slot.unacknowledged).into_values());
+                overdue.extend(late.into_iter().map(|(_, sent)| sent));
             }
         }
         for (_, connection) in overdue.into_iter().rev() {
@@ -451,8 +458,13 @@ impl Router {
         };
         tokio::spawn(async move {
             let _permit = permit;
-            let client = connection.client;
-            if let Err(error) = answer_full(connection.stream).await {
+            let Accepted {
+                stream,
+                client,
+                under_way: _under_way,
+                ..
+            } = connection;
+            if let Err(error) = answer_full(stream).await {
                 tracing::debug!(%client, %error, "a refused client did not wait for the answer");
             }
         });
@@ -590,6 +602,59 @@ mod tests {
             standing(1, Serving, 5),
         ];
         assert_eq!(choose(&key(1), Some(0), &silent, true), Choice::Worker(1));
+    }
+
+    #[tokio::test]
+    async fn only_what_is_overdue_is_routed_anew() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("handoff.sock");
+        let listener = handoff::Listener::bind(&path).unwrap();
+        let _worker = handoff::WorkerEnd::connect(&path).unwrap();
+        let end = Arc::new(listener.accept().await.unwrap());
+        let tracker = TaskTracker::new();
+        let sent = |seq: u64, ago: Duration| {
+            let connection = Accepted {
+                stream: std::fs::File::open("/dev/null").unwrap().into(),
+                peer: ([127, 0, 0, 1], seq as u16).into(),
+                client: [127, 0, 0, 1].into(),
+                key: key(1),
+                since: Instant::now(),
+                under_way: tracker.token(),
+            };
+            (seq, (Instant::now() - ago, connection))
+        };
+        let credit = Credit {
+            window: 5,
+            reserve: 0,
+            state: Serving,
+        };
+        let slot = Slot {
+            link: 1,
+            end,
+            credit,
+            // The worker may come back to life just now, and takes what is young.
+            unacknowledged: BTreeMap::from([
+                sent(1, SILENCE),
+                sent(2, SILENCE),
+                sent(3, SILENCE / 2),
+            ]),
+            silent: false,
+        };
+        let (gate, _) = watch::channel(false);
+        let mut router = Router {
+            affinity: Arc::default(),
+            gate,
+            slots: BTreeMap::from([(0, slot)]),
+            waiting: VecDeque::new(),
+            next_seq: 4,
+            refusals: Arc::new(Semaphore::new(1)),
+        };
+        router.take_back_unanswered();
+        let ports = router.waiting.iter().map(|one| one.peer.port());
+        assert_eq!(ports.collect::<Vec<_>>(), [1, 2]);
+        let slot = &router.slots[&0];
+        assert!(slot.silent, "nothing more for it now");
+        assert_eq!(slot.unacknowledged.keys().collect::<Vec<_>>(), [&3]);
     }
 
     #[test]

@@ -106,6 +106,8 @@ pub enum Item {
     Bus(BusEvent),
     /// What does the worker know?
     Known(oneshot::Sender<Known>),
+    /// Which sockets are there?
+    Sockets(oneshot::Sender<Vec<Arc<Connection>>>),
     /// A socket asks for its name.
     Arrived(Local),
     /// A socket is gone.
@@ -183,6 +185,15 @@ impl Dispatch {
         let (reply, answer) = oneshot::channel();
         self.send(Item::Known(reply)).await?;
         answer.await.ok()
+    }
+
+    /// The sockets that have a name or ask for one; none once the loop has stopped.
+    pub async fn sockets(&self) -> Vec<Arc<Connection>> {
+        let (reply, answer) = oneshot::channel();
+        if self.send(Item::Sockets(reply)).await.is_none() {
+            return Vec::new();
+        }
+        answer.await.unwrap_or_default()
     }
 
     /// Subscribes to a channel, if the worker is not yet, and returns its last id.
@@ -349,6 +360,11 @@ impl Loop {
                     .collect();
                 // The link may have stopped.
                 let _ = reply.send(Known { replica, sessions });
+            }
+            Item::Sockets(reply) => {
+                let sockets = self.seats.values().map(|seat| seat.local.wire.clone());
+                // Whoever asked may have given up.
+                let _ = reply.send(sockets.collect());
             }
             Item::Arrived(local) => {
                 let seat = Seat {

@@ -150,7 +150,13 @@ impl Connections {
 
     /// Closes them all.
     pub fn kill_all(&self) {
-        for handle in self.open.lock().handles.values() {
+        self.kill(|_| true);
+    }
+
+    /// Closes those that it applies to.
+    pub fn kill(&self, applies: impl Fn(&Handle) -> bool) {
+        let open = self.open.lock();
+        for handle in open.handles.values().filter(|handle| applies(handle)) {
             handle.kill();
         }
     }
@@ -220,7 +226,7 @@ impl Intake {
                     Ok(None) => return Ok(()),
                     Err(HandoffError::FdLost { seq }) => {
                         tracing::error!("a connection was lost to the limit on open files");
-                        end.send(&ToMaster::Refuse { seq }).await?;
+                        tell(&end, &ToMaster::Refuse { seq }).await?;
                     }
                     Err(error) => return Err(error),
                 },
@@ -239,8 +245,7 @@ impl Intake {
         said: &mut Option<Credit>,
     ) -> Result<WorkerState, HandoffError> {
         let credit = self.credit(self.connections.count());
-        if *said != Some(credit) {
-            end.send(&ToMaster::Credit(credit)).await?;
+        if *said != Some(credit) && tell(end, &ToMaster::Credit(credit)).await? {
             *said = Some(credit);
         }
         Ok(credit.state)
@@ -281,22 +286,29 @@ impl Intake {
         said: &mut Option<Credit>,
     ) -> Result<(), HandoffError> {
         let seq = offer.seq;
-        // A stale one is being served elsewhere by now: two must not read from it.
-        if offer.is_stale(handoff::monotonic_millis()) || self.draining.is_cancelled() {
-            return end.send(&ToMaster::Refuse { seq }).await;
+        if offer.is_stale(handoff::monotonic_millis()) {
+            // It is being served elsewhere by now, even if the master has died since: two must not
+            // read from it.
+            tell(end, &ToMaster::Refuse { seq }).await?;
+            return Ok(());
+        }
+        if self.draining.is_cancelled() && tell(end, &ToMaster::Refuse { seq }).await? {
+            return Ok(());
         }
         let (transport, handle) = match Transport::new(socket.into(), offer.peer, offer.client) {
             Ok(transport) => transport,
             Err(error) => {
                 // It was reset on the way.
                 tracing::debug!(%error, "a connection could not be set up");
-                return end.send(&ToMaster::Ack { seq }).await;
+                tell(end, &ToMaster::Ack { seq }).await?;
+                return Ok(());
             }
         };
         let (place, of_address) = self.connections.add(handle.clone());
         // First the place that it takes, then the acknowledgement that makes room for the next.
         self.say_credit(end, said).await?;
-        end.send(&ToMaster::Ack { seq }).await?;
+        // Where the master is gone, so is its descriptor: nobody else can serve the connection.
+        tell(end, &ToMaster::Ack { seq }).await?;
         self.serve(transport, handle, place, of_address);
         Ok(())
     }
@@ -325,12 +337,33 @@ impl Intake {
             .max_buf_size(64 * 1024)
             .serve_connection(TokioIo::new(transport), service)
             .with_upgrades();
+        let draining = self.draining.clone();
         tokio::spawn(async move {
-            if let Err(error) = connection.await {
+            let mut connection = std::pin::pin!(connection);
+            let served = tokio::select! {
+                // First: a request that has arrived is answered.
+                biased;
+                served = connection.as_mut() => served,
+                () = draining.cancelled() => {
+                    connection.as_mut().graceful_shutdown();
+                    connection.await
+                }
+            };
+            if let Err(error) = served {
                 // Clients that break off or send garbage: their own affair.
                 tracing::debug!(%error, "a connection ended");
             }
         });
+    }
+}
+
+/// Tells the master something; `false` if it is gone. What it sent before can still be received, and
+/// is the worker's alone: a master that lives ends a stream only after its worker has.
+async fn tell(end: &WorkerEnd, frame: &ToMaster) -> Result<bool, HandoffError> {
+    match end.send(frame).await {
+        Ok(()) => Ok(true),
+        Err(HandoffError::Closed) => Ok(false),
+        Err(error) => Err(error),
     }
 }
 

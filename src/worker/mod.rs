@@ -6,6 +6,7 @@
 //! it. [`link`] is the stream to the master.
 
 pub mod dispatch;
+pub mod drain;
 pub mod feed;
 pub mod http;
 pub mod intake;
@@ -22,7 +23,6 @@ use std::time::Duration;
 use base64::Engine as _;
 use base64::prelude::BASE64_URL_SAFE_NO_PAD;
 use parking_lot::Mutex;
-use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -31,11 +31,13 @@ use crate::cli::{LimitArgs, WorkerArgs};
 use crate::config;
 use crate::limits::KeyedBuckets;
 use crate::secret::JwtSecret;
+use crate::signals::{Signals, Told};
 use crate::store::Store;
 use crate::store::redis::RedisStore;
 use crate::store::remote::ControlStore;
 use crate::systemd;
 use dispatch::Dispatch;
+use drain::Drain;
 use http::accounts::Attempts;
 use http::channels;
 use http::error::ApiError;
@@ -43,9 +45,6 @@ use http::token::{Caller, Tokens};
 use link::{Identity, Link};
 use passwords::Passwords;
 use socket::engine::Sessions;
-
-/// How long sessions may take to report their end when the worker stops.
-const FAREWELL: Duration = Duration::from_secs(2);
 
 /// What everything in a worker shares.
 pub struct App {
@@ -71,6 +70,8 @@ pub struct App {
     pub creations: Mutex<KeyedBuckets<String>>,
     /// Engine.IO sessions.
     pub sessions: Sessions,
+    /// The tasks of the clients' sessions.
+    pub clients: TaskTracker,
     serial: AtomicU64,
 }
 
@@ -122,6 +123,7 @@ impl App {
 /// # Errors
 /// If its secret or its directories are not to be had.
 pub async fn run(args: WorkerArgs) -> anyhow::Result<()> {
+    let mut signals = Signals::listen()?;
     let secret = JwtSecret::load(&args.secret).map_err(ConfigError::new)?;
     let runtime_dir = systemd::runtime_dir(&args.runtime)?;
     let boot = BASE64_URL_SAFE_NO_PAD.encode(rand::random::<[u8; 9]>());
@@ -160,6 +162,7 @@ pub async fn run(args: WorkerArgs) -> anyhow::Result<()> {
         attempts: Attempts::new(args.limits.auth_rate),
         creations: Mutex::new(channels::creations(args.limits.post_rate)),
         sessions: Sessions::default(),
+        clients: TaskTracker::new(),
         serial: AtomicU64::new(0),
     });
     let connections = intake::Connections::new();
@@ -183,7 +186,7 @@ pub async fn run(args: WorkerArgs) -> anyhow::Result<()> {
         handoff: runtime_dir.join(systemd::HANDOFF_SOCKET),
         capacity: intake::Capacity::of(args.limits.max_connections, args.limits.max_per_address),
         connections: connections.clone(),
-        router: http::router(app),
+        router: http::router(app.clone()),
         ready: ready.clone(),
         draining: draining.clone(),
     };
@@ -197,30 +200,38 @@ pub async fn run(args: WorkerArgs) -> anyhow::Result<()> {
     tasks.spawn(intake.run(stop.clone()));
     tasks.close();
 
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    tokio::select! {
+    let told = async {
+        loop {
+            match signals.next().await {
+                Told::Reload => {}
+                told => return told,
+            }
+        }
+    };
+    let told = tokio::select! {
         () = async {
             ready.cancelled().await;
             systemd::ready("serving");
             std::future::pending::<()>().await;
-        } => {}
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
+        } => return Ok(()),
+        told = told => told,
         () = tasks.wait() => anyhow::bail!("a part of the worker stopped unexpectedly"),
-    }
-    systemd::stopping();
+    };
+    let spread = Duration::from_secs(args.drain.into());
+    systemd::stopping(drain::bound(spread));
     draining.cancel();
-    // Clients take it for a broken connection, come back to another worker, and resume.
-    connections.kill_all();
-    if tokio::time::timeout(FAREWELL, connections.drained())
-        .await
-        .is_err()
-    {
-        tracing::warn!(
-            connections = connections.count(),
-            "some connections did not end in time"
-        );
+    let drain = Drain {
+        app,
+        connections,
+        spread,
+    };
+    if told == Told::Stop {
+        tokio::select! {
+            () = drain.run() => {}
+            () = signals.stopped_again() => drain.at_once().await,
+        }
+    } else {
+        drain.at_once().await;
     }
     stop.cancel();
     tasks.wait().await;

@@ -77,6 +77,8 @@ pub struct Handle {
     bytes_written: AtomicU64,
     peer: SocketAddr,
     client: IpAddr,
+    /// Whether it has become a WebSocket.
+    upgraded: AtomicBool,
     /// Set by [`Handle::expect_upgrade`] until the response: [`NO_UPGRADE`] or an upgrade's code.
     expected_upgrade: AtomicU8,
     /// Whether the socket has a probe's settings.
@@ -129,6 +131,7 @@ impl Transport {
             bytes_written: AtomicU64::new(0),
             peer,
             client,
+            upgraded: AtomicBool::new(false),
             expected_upgrade: AtomicU8::new(NO_UPGRADE),
             probing: AtomicBool::new(false),
             heartbeats: Heartbeats::new(),
@@ -189,7 +192,11 @@ impl Transport {
         };
         // A client has to wait for this response before it sends a frame (RFC 6455, 4.1). If one
         // did not, and a frame's beginning came with the head, its frames cannot be followed.
-        if start.starts_with(SWITCHING_PROTOCOLS) && &self.tail == b"\r\n\r\n" {
+        if !start.starts_with(SWITCHING_PROTOCOLS) {
+            return;
+        }
+        handle.upgraded.store(true, Ordering::Release);
+        if &self.tail == b"\r\n\r\n" {
             self.frames = Some(ClientFrames::new(engine));
         }
     }
@@ -334,6 +341,16 @@ impl Handle {
     /// Whether the [`Transport`] was dropped, and so the socket closed.
     pub fn closed(&self) -> bool {
         self.socket.strong_count() == 0
+    }
+
+    /// Whether it has become a WebSocket.
+    pub fn upgraded(&self) -> bool {
+        self.upgraded.load(Ordering::Acquire)
+    }
+
+    /// Whether nothing has come in yet, for so long.
+    pub fn is_silent_for(&self, time: Duration) -> bool {
+        self.last_read.load(Ordering::Relaxed) == 0 && self.opened.elapsed() >= time
     }
 
     /// When bytes last came in; when the connection was taken over, if none have.

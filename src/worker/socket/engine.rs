@@ -131,6 +131,11 @@ impl EngineSession {
         self.polls.load(Ordering::Acquire)
     }
 
+    /// Whether a poll waits for its answer.
+    pub fn is_polled(&self) -> bool {
+        self.poll.lock().is_some()
+    }
+
     /// Whether no poll waits, and none has begun since there were so many.
     pub fn is_without_poll_since(&self, polls: u64) -> bool {
         self.poll.lock().is_none() && self.polls.load(Ordering::Acquire) == polls
@@ -214,6 +219,15 @@ impl Sessions {
     /// The session of an id.
     pub fn get(&self, sid: &str) -> Option<Arc<EngineSession>> {
         self.by_id.lock().get(sid).cloned()
+    }
+
+    /// Ends the transports of all of them, as [`EngineSession::kill`] does.
+    pub fn kill_all(&self) {
+        // Not under the lock: who is woken may ask for it.
+        let all: Vec<_> = self.by_id.lock().values().cloned().collect();
+        for session in all {
+            session.kill();
+        }
     }
 
     /// Forgets what nobody will ask for again. `connected` says which sessions have sockets.

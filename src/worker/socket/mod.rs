@@ -48,6 +48,7 @@ pub struct Admission {
     caller: Caller,
     credentials: Credentials,
     client: IpAddr,
+    room: Arc<Semaphore>,
     inputs: (mpsc::Sender<Input>, mpsc::Receiver<Input>),
 }
 
@@ -68,15 +69,17 @@ pub fn listen(app: &Arc<App>, io: &SocketIo) {
             let Some(admission) = engine.take_admission() else {
                 return;
             };
-            let wire = Arc::new(wire::Connection::new(socket, engine, admission.client));
             let Admission {
                 caller,
                 credentials,
+                client,
+                room,
                 inputs,
-                ..
             } = admission;
+            let wire = Arc::new(wire::Connection::new(socket, engine, client, room));
+            let clients = app.clients.clone();
             let session = Session::new(app, caller, wire, credentials, inputs);
-            session.run().await;
+            clients.track_future(session.run()).await;
         }
     };
     io.ns("/", connected.with(middleware));
@@ -119,11 +122,12 @@ async fn admit(app: Arc<App>, socket: SocketRef, auth: Option<Value>) -> Result<
     // do nothing but queue.
     let events = inputs.clone();
     let room = Arc::new(Semaphore::new(QUEUE_BYTES));
+    let shares = room.clone();
     socket.on_fallback(
         move |Event(name): Event, TryData(data): TryData<Value>, ack: AckSender| {
             let data = data.ok();
             let size = events::size(&name, data.as_ref());
-            let refused = match room.clone().try_acquire_many_owned(size) {
+            let refused = match shares.clone().try_acquire_many_owned(size) {
                 _ if name.len() > events::NAME_MAX => Some((ack, events::unknown(&name))),
                 Err(_) => Some((ack, events::overrun())),
                 Ok(held) => {
@@ -160,6 +164,7 @@ async fn admit(app: Arc<App>, socket: SocketRef, auth: Option<Value>) -> Result<
         caller,
         credentials,
         client,
+        room,
         inputs: (inputs, inputs_rx),
     });
     Ok(())

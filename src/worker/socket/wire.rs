@@ -9,7 +9,9 @@ use serde::Serialize;
 use serde_json::value::RawValue;
 use socketioxide::extract::{AckSender, SocketRef};
 use socketioxide::{SendError, SocketError, TransportType};
+use tokio::sync::Semaphore;
 
+use super::QUEUE_BYTES;
 use super::engine::EngineSession;
 
 /// Bytes that may wait for a client to read them. One that has more is closed, comes back, and
@@ -18,6 +20,12 @@ const MAX_BACKLOG: u64 = 4 * 1024 * 1024;
 
 /// How long a polling client that is probed may take to open its next poll.
 const POLL_PROBE: Duration = Duration::from_millis(2_500);
+
+/// How long a connection that is to be closed is waited for: to be answered, and to take the answer.
+const LAST_WORDS: Duration = Duration::from_millis(500);
+
+/// How often it is looked at meanwhile. Longer than an answer takes from the queue to the kernel.
+const LOOK: Duration = Duration::from_millis(10);
 
 /// What a small event adds to the backlog, roughly; only messages are measured.
 pub const SMALL_EVENT: u64 = 128;
@@ -31,6 +39,10 @@ pub struct Connection {
     /// Bytes emitted, raised to the bytes written whenever nothing waits: the difference is the
     /// backlog.
     emitted: AtomicU64,
+    /// More bytes than this have been written once the last answer has.
+    answered: AtomicU64,
+    /// What events that are queued or being handled take their shares of.
+    pending: Arc<Semaphore>,
     superseded: AtomicBool,
 }
 
@@ -54,14 +66,23 @@ impl Payload for serde_json::Value {
 
 impl Connection {
     /// The connection under a socket.
-    pub fn new(socket: SocketRef, engine: Arc<EngineSession>, client: IpAddr) -> Self {
-        let (emitted, superseded) = (AtomicU64::new(0), AtomicBool::new(false));
+    ///
+    /// The client's events that are queued or being handled hold permits of `pending`, which has
+    /// [`QUEUE_BYTES`].
+    pub fn new(
+        socket: SocketRef,
+        engine: Arc<EngineSession>,
+        client: IpAddr,
+        pending: Arc<Semaphore>,
+    ) -> Self {
         Self {
             socket,
             engine,
             client,
-            emitted,
-            superseded,
+            emitted: AtomicU64::new(0),
+            answered: AtomicU64::new(0),
+            pending,
+            superseded: AtomicBool::new(false),
         }
     }
 
@@ -95,6 +116,9 @@ impl Connection {
     /// Answers an event; a client that asked for no answer gets none. `size` says how many bytes
     /// the answer has, roughly. A client that does not read fast enough is closed instead.
     pub fn acknowledge<T: Serialize + ?Sized>(&self, ack: AckSender, answer: &T, size: u64) {
+        // Noted before: it may be written at once.
+        let written = self.engine.bytes_written();
+        self.answered.store(written, Ordering::Release);
         if !self.account(size, || ack.send(answer)) {
             self.kill_slow();
         }
@@ -155,6 +179,34 @@ impl Connection {
             // Between two polls there is no stream whose end would be noticed.
             let _ = self.socket.clone().disconnect();
         }
+    }
+
+    /// Closes the transport, as [`Connection::kill`] does, as soon as everything that the client has
+    /// asked is answered and the answers are on their way; after half a second in any case.
+    pub async fn close(&self) {
+        let deadline = Instant::now() + LAST_WORDS;
+        let mut settled = false;
+        while Instant::now() < deadline && !self.is_between_polls() {
+            // Twice: events come in a row, and what was written may be only a part.
+            let before = std::mem::replace(&mut settled, self.is_settled());
+            if before && settled {
+                break;
+            }
+            tokio::time::sleep(LOOK).await;
+        }
+        self.kill();
+    }
+
+    /// Whether no event of the client waits for its answer, nor an answer to be written.
+    fn is_settled(&self) -> bool {
+        let answered = self.answered.load(Ordering::Acquire);
+        self.pending.available_permits() == QUEUE_BYTES
+            && (answered == 0 || self.engine.bytes_written() > answered)
+    }
+
+    /// Whether it is a polling client's, and no poll waits that could tell it anything.
+    pub fn is_between_polls(&self) -> bool {
+        self.engine.transport().is_none() && !self.engine.is_polled()
     }
 
     /// Closes the transport, since another connection has the session: what this one still had
