@@ -17,7 +17,8 @@
 //! that Redis' order is the order in which everything is delivered. It needs Redis 6.2, or Valkey.
 //!
 //! A post is durable as far as Redis is configured to be: with `appendfsync always` an answered
-//! one survives anything that the disk survives, with `everysec` the last second may be lost.
+//! one survives anything that the disk survives, with `everysec` the last second may be lost. No id
+//! is given out twice in either case (`life.rs`).
 
 pub(super) mod address;
 mod bus;
