@@ -1,19 +1,19 @@
 //! Takes connections from a listening socket, only while some worker can serve them: what is
 //! not accepted waits in the kernel's backlog, which a dying master does not take along.
 
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use super::router::{Accepted, RouterHandle};
-use crate::routing::{self, RoutingKey};
+use super::peek::Lookout;
 
 /// Accepts until stopped.
 pub async fn run(
     listener: TcpListener,
-    router: RouterHandle,
+    lookout: Arc<Lookout>,
     mut gate: watch::Receiver<bool>,
     stop: CancellationToken,
 ) {
@@ -31,25 +31,11 @@ pub async fn run(
                 accepted = listener.accept() => accepted,
             };
             match accepted {
-                Ok((stream, peer)) => match stream.into_std() {
-                    Ok(stream) => {
-                        let client = routing::canonical(peer.ip());
-                        let key = RoutingKey::of(client);
-                        let stream = stream.into();
-                        let since = Instant::now();
-                        let accepted = Accepted {
-                            stream,
-                            peer,
-                            client,
-                            key,
-                            since,
-                        };
-                        if router.route(accepted).await.is_none() {
-                            return;
-                        }
+                Ok((stream, peer)) => {
+                    if lookout.admit(stream, peer).await.is_none() {
+                        return;
                     }
-                    Err(error) => tracing::warn!(%error, "an accepted connection was lost"),
-                },
+                }
                 Err(error) => {
                     // Out of descriptors, or the peer was gone already. The former lasts.
                     tracing::warn!(%error, "accept failed");

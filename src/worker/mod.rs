@@ -34,7 +34,7 @@ use crate::secret::JwtSecret;
 use crate::store::Store;
 use crate::store::redis::RedisStore;
 use crate::store::remote::ControlStore;
-use crate::systemd;
+use crate::{systemd, telemetry};
 use dispatch::Dispatch;
 use http::accounts::Attempts;
 use http::channels;
@@ -186,6 +186,7 @@ pub async fn run(args: WorkerArgs) -> anyhow::Result<()> {
         router: http::router(app),
         ready: ready.clone(),
         draining: draining.clone(),
+        complaints: Arc::new(telemetry::Throttle::per_minute(1)),
     };
     tracing::info!(
         event = "worker_started",
