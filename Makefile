@@ -62,7 +62,7 @@ install-node: ## Install Node.js where it is missing
 	fi
 	node -e 'const [a, b] = process.versions.node.split("."); if (a < 18 || (a == 18 && b < 19)) { console.error("Node.js 18.19 or newer is needed, this is " + process.version); process.exit(1); }'
 
-install-test-deps: install-node install-redis-server ## Install what the tests need, where it is missing
+install-test-deps: install-node install-redis-server install-proxies ## Install what the tests need, where it is missing
 	@$(call npm-ci,$(CLIENTS))
 
 install-bench-deps: install-node ## Install the benchmark's peer
@@ -73,9 +73,17 @@ bench: install-bench-deps ## Measure the store, and the server beside a peer (th
 	$(CARGO) bench --locked --bench store
 	BANTER_BIN="$(abspath $(TARGET_DIR))/release/banter" node $(PEER)/run.js
 
-.PHONY: install-redis-server apt-install
+.PHONY: install-redis-server install-proxies apt-install
 install-redis-server:
 	@command -v redis-server >/dev/null || $(MAKE) apt-install PACKAGES=redis-server
+
+install-proxies:
+	@PATH="$$PATH:/usr/sbin"
+	missing=
+	for program in nginx haproxy caddy; do
+		command -v "$$program" >/dev/null || missing="$$missing $${program/#nginx/nginx-light}"
+	done
+	[ -z "$$missing" ] || $(MAKE) apt-install PACKAGES="$${missing# }"
 
 apt-install:
 	@command -v apt-get >/dev/null || { echo "these are missing, and there is no apt-get to install them with: $(PACKAGES)" >&2; exit 1; }

@@ -318,6 +318,33 @@ mod tests {
     }
 
     #[test]
+    fn trusted_networks_reach_a_child_whichever_way_they_were_given() {
+        let parse = |line: &[&str]| {
+            let command = ProxyArgs::augment_args(clap::Command::new("test"));
+            ProxyArgs::from_arg_matches(&command.get_matches_from(line)).unwrap()
+        };
+        let given = [
+            "--trust-proxy=10.0.0.0/8, ::1",
+            "--trust-proxy=192.0.2.1",
+            "--trust-proxy=",
+        ];
+        let args = parse(&[&["test"], &given[..]].concat());
+        let [(name, value)] = args.env();
+        assert_eq!(
+            (name, value.as_str()),
+            ("BANTER_TRUST_PROXY", "10.0.0.0/8,::1/128,192.0.2.1/32")
+        );
+        let child = parse(&["test", &format!("--trust-proxy={value}")]);
+        assert_eq!(child.trusted(), args.trusted());
+        let [(_, none)] = parse(&["test"]).env();
+        assert!(
+            parse(&["test", &format!("--trust-proxy={none}")])
+                .trusted()
+                .is_empty()
+        );
+    }
+
+    #[test]
     fn every_limit_reaches_a_child_by_its_own_variable() {
         let command = LimitArgs::augment_args(clap::Command::new("test"));
         let mut expected = BTreeMap::new();

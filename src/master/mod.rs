@@ -62,6 +62,9 @@ pub async fn run(args: MasterArgs) -> anyhow::Result<()> {
             "--trust-proxy {network} trusts everybody: any client can pose as any other"
         );
     }
+    if !trusted.is_empty() {
+        tracing::info!(networks = %trusted, "believes proxies in these networks");
+    }
     let trusted = watch::Sender::new(Arc::new(trusted));
     let lookout = peek::Lookout::new(
         trusted.subscribe(),
