@@ -69,7 +69,7 @@ install-node: ## Install Node.js where it is missing
 	fi
 	node -e 'const [a, b] = process.versions.node.split("."); if (a < 18 || (a == 18 && b < 19)) { console.error("Node.js 18.19 or newer is needed, this is " + process.version); process.exit(1); }'
 
-install-test-deps: install-node install-redis-server ## Install what the tests need, where it is missing
+install-test-deps: install-node install-redis-server install-proxies ## Install what the tests need, where it is missing
 	@$(call npm-ci,$(CLIENTS))
 
 install-bench-deps: install-node ## Install the benchmark's peer
@@ -96,12 +96,20 @@ install: $(BIN) ## Install binary and units (PREFIX=/usr/local, DESTDIR=); READM
 $(TARGET_DIR)/release/banter:
 	@$(CARGO) build --release --locked
 
-.PHONY: install-redis-server install-systemd-container apt-install
+.PHONY: install-redis-server install-systemd-container install-proxies apt-install
 install-systemd-container:
 	@command -v systemd-nspawn >/dev/null || $(MAKE) apt-install PACKAGES=systemd-container
 
 install-redis-server:
 	@command -v redis-server >/dev/null || $(MAKE) apt-install PACKAGES=redis-server
+
+install-proxies:
+	@PATH="$$PATH:/usr/sbin"
+	missing=
+	for program in nginx haproxy caddy; do
+		command -v "$$program" >/dev/null || missing="$$missing $${program/#nginx/nginx-light}"
+	done
+	[ -z "$$missing" ] || $(MAKE) apt-install PACKAGES="$${missing# }"
 
 apt-install:
 	@command -v apt-get >/dev/null || { echo "these are missing, and there is no apt-get to install them with: $(PACKAGES)" >&2; exit 1; }

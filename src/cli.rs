@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::proxy::Trusted;
+
 /// A self-hosted chat server.
 #[derive(Debug, Parser)]
 #[command(name = "banter", version, about, disable_help_subcommand = true)]
@@ -112,6 +114,27 @@ pub struct SecretArgs {
     pub jwt_secret_file: Option<PathBuf>,
 }
 
+/// Proxies in front.
+#[derive(Debug, Clone, Args)]
+pub struct ProxyArgs {
+    /// Networks whose PROXY headers and X-Forwarded-For are believed, with commas between them;
+    /// may be given several times. Default: none.
+    #[arg(long, env = "BANTER_TRUST_PROXY", value_name = "CIDR")]
+    pub trust_proxy: Vec<Trusted>,
+}
+
+impl ProxyArgs {
+    /// All of them.
+    pub fn trusted(&self) -> Trusted {
+        self.trust_proxy.iter().cloned().collect()
+    }
+
+    /// The environment variable that gives another process the same networks.
+    pub fn env(&self) -> [(&'static str, String); 1] {
+        [("BANTER_TRUST_PROXY", self.trusted().to_string())]
+    }
+}
+
 /// Limits; 0 switches one off.
 #[derive(Debug, Clone, Args)]
 pub struct LimitArgs {
@@ -201,6 +224,9 @@ pub struct ServeArgs {
     pub secret: SecretArgs,
     #[command(flatten)]
     #[allow(missing_docs)]
+    pub proxy: ProxyArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
     pub limits: LimitArgs,
 }
 
@@ -219,6 +245,9 @@ pub struct MasterArgs {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub runtime: RuntimeArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub proxy: ProxyArgs,
     #[command(flatten)]
     #[allow(missing_docs)]
     pub limits: LimitArgs,
@@ -291,6 +320,33 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         <Cli as clap::CommandFactory>::command().debug_assert();
+    }
+
+    #[test]
+    fn trusted_networks_reach_a_child_whichever_way_they_were_given() {
+        let parse = |line: &[&str]| {
+            let command = ProxyArgs::augment_args(clap::Command::new("test"));
+            ProxyArgs::from_arg_matches(&command.get_matches_from(line)).unwrap()
+        };
+        let given = [
+            "--trust-proxy=10.0.0.0/8, ::1",
+            "--trust-proxy=192.0.2.1",
+            "--trust-proxy=",
+        ];
+        let args = parse(&[&["test"], &given[..]].concat());
+        let [(name, value)] = args.env();
+        assert_eq!(
+            (name, value.as_str()),
+            ("BANTER_TRUST_PROXY", "10.0.0.0/8,::1/128,192.0.2.1/32")
+        );
+        let child = parse(&["test", &format!("--trust-proxy={value}")]);
+        assert_eq!(child.trusted(), args.trusted());
+        let [(_, none)] = parse(&["test"]).env();
+        assert!(
+            parse(&["test", &format!("--trust-proxy={none}")])
+                .trusted()
+                .is_empty()
+        );
     }
 
     #[test]

@@ -91,6 +91,7 @@ pub fn run(args: ServeArgs, log: String) -> anyhow::Result<()> {
         env: {
             let mut env = common_env(&args.limits, &log, port, &state_dir, runtime_dir.path());
             env.extend(redis_env(&args.redis, redis.as_ref()));
+            env.extend(args.proxy.env().map(|(name, value)| (name, value.into())));
             env
         },
         // The secret goes by the file's name where it can, for an environment is easily seen.

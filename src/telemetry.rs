@@ -3,8 +3,10 @@
 use std::env;
 use std::fmt;
 use std::io::{self, IsTerminal};
+use std::time::Instant;
 
 use anyhow::Context;
+use parking_lot::Mutex;
 use tracing_journald::{Priority, PriorityMappings};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::format::Writer;
@@ -13,6 +15,24 @@ use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 
 use crate::ConfigError;
+use crate::limits::{Bucket, Limit};
+
+/// Keeps lines that strangers can cause from filling the log.
+#[derive(Debug)]
+pub struct Throttle(Mutex<Bucket>);
+
+impl Throttle {
+    /// Lets `lines` a minute through, and as many at once.
+    pub fn per_minute(lines: u32) -> Self {
+        let limit = Limit::new(f64::from(lines) / 60.0, lines);
+        Self(Mutex::new(Bucket::new(limit)))
+    }
+
+    /// Whether one more line may be written.
+    pub fn allows(&self) -> bool {
+        self.0.lock().try_take(Instant::now()).is_ok()
+    }
+}
 
 /// Sets up logging for the whole process; once, at its start.
 ///

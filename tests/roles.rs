@@ -15,7 +15,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 
-use banter::handoff::{self, Listener, MasterEnd, Offer, ToMaster, ToWorker};
+use banter::handoff::{self, KnownBy, Listener, MasterEnd, Offer, ToMaster, ToWorker};
 use rustix::process::{Pid, Signal, kill_process};
 use socket2::{Domain, Socket, Type};
 use tempfile::TempDir;
@@ -317,6 +317,7 @@ fn a_worker_serves_what_it_was_offered_by_a_master_that_is_gone_but_not_what_oth
                 peer,
                 client: peer.ip(),
                 at,
+                known_by: KnownBy::Connection,
             };
             end.try_send(&ToWorker::Offer(offer), socket.as_fd())
                 .unwrap();

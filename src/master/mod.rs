@@ -2,6 +2,7 @@
 //! embedded store, the database.
 //!
 //! - [`accept`] takes connections from the listening sockets while somebody can serve them;
+//! - [`peek`] finds out for whom a trusted proxy speaks;
 //! - [`router`] chooses a worker for each and passes it on, and takes back what was not received;
 //! - [`registry`] decides who is online and where (pure);
 //! - [`cluster`] runs it: the control streams of the workers, what they ask, what they are told.
@@ -9,6 +10,8 @@
 pub mod accept;
 pub mod affinity;
 pub mod cluster;
+pub mod peek;
+pub mod refusal;
 pub mod registry;
 pub mod router;
 
@@ -17,7 +20,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -55,18 +58,37 @@ pub async fn run(args: MasterArgs) -> anyhow::Result<()> {
     let (stop, accept_no_more) = (CancellationToken::new(), CancellationToken::new());
     let (tasks, under_way) = (TaskTracker::new(), TaskTracker::new());
     let affinity = Arc::new(affinity::Affinity::default());
-    let (router, gate) = router::spawn(&tasks, affinity.clone(), stop.clone());
+    let refusals = refusal::Refusals::default();
+    let (router, gate) = router::spawn(&tasks, affinity.clone(), refusals.clone(), stop.clone());
     let handoff = handoff::Listener::from_fd(sockets.handoff)
         .context("the hand-off socket cannot be used")?;
     tasks.spawn(router::serve_workers(handoff, router.clone(), stop.clone()));
+    let trusted = args.proxy.trusted();
+    if let Some(network) = trusted.everybody() {
+        tracing::warn!(
+            "--trust-proxy {network} trusts everybody: any client can pose as any other"
+        );
+    }
+    if !trusted.is_empty() {
+        tracing::info!(networks = %trusted, "believes proxies in these networks");
+    }
+    let trusted = watch::Sender::new(Arc::new(trusted));
+    let lookout = peek::Lookout::new(peek::Settings {
+        trusted: trusted.subscribe(),
+        router: router.clone(),
+        refusals,
+        tasks: tasks.clone(),
+        under_way: under_way.clone(),
+        accept_no_more: accept_no_more.clone(),
+        stop: stop.clone(),
+    });
     for listener in sockets.clients {
         let listener = tokio::net::TcpListener::from_std(listener)
             .context("a listening socket cannot be used")?;
         tasks.spawn(accept::run(
             listener,
-            router.clone(),
+            lookout.clone(),
             gate.clone(),
-            under_way.clone(),
             accept_no_more.clone(),
         ));
     }

@@ -35,7 +35,7 @@ use crate::signals::{Signals, Told};
 use crate::store::Store;
 use crate::store::redis::RedisStore;
 use crate::store::remote::ControlStore;
-use crate::systemd;
+use crate::{systemd, telemetry};
 use dispatch::Dispatch;
 use drain::Drain;
 use http::accounts::Attempts;
@@ -189,6 +189,7 @@ pub async fn run(args: WorkerArgs) -> anyhow::Result<()> {
         router: http::router(app.clone()),
         ready: ready.clone(),
         draining: draining.clone(),
+        complaints: Arc::new(telemetry::Throttle::per_minute(1)),
     };
     tracing::info!(
         event = "worker_started",
