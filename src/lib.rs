@@ -14,6 +14,7 @@ pub mod presence;
 pub mod routing;
 pub mod secret;
 pub mod serve;
+pub mod settings;
 pub mod signals;
 pub mod store;
 pub mod systemd;

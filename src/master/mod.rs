@@ -17,14 +17,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::ConfigError;
-use crate::cli::MasterArgs;
+use crate::cli::{Cli, Command, MasterArgs};
 use crate::handoff;
 use crate::presence::Numbered;
+use crate::settings::Settings;
 use crate::signals::{Signals, Told};
 use crate::store::embedded::Embedded;
 use crate::store::redis::{Lease, LeaseError, RedisStore};
@@ -43,7 +44,7 @@ const END: Duration = Duration::from_secs(5);
 ///
 /// # Errors
 /// If the sockets or the store cannot be opened.
-pub async fn run(args: MasterArgs) -> anyhow::Result<()> {
+pub async fn run(args: MasterArgs, mut settings: Settings) -> anyhow::Result<()> {
     let mut signals = Signals::listen()?;
     let runtime_dir = systemd::runtime_dir(&args.runtime)?;
     let sockets = match systemd::ListenSockets::from_env().map_err(ConfigError::new)? {
@@ -72,13 +73,15 @@ pub async fn run(args: MasterArgs) -> anyhow::Result<()> {
     }
     let control = tokio::net::UnixListener::from_std(sockets.control)
         .context("the control socket cannot be used")?;
+    let (grace, grace_rx) = watch::channel(grace_of(&args));
     let cluster = cluster::Cluster::new(cluster::Settings {
         timing: registry::Timing {
-            grace: Duration::from_secs(args.limits.grace.into()),
+            grace: grace_of(&args),
             silence: Duration::from_secs(
                 u64::from(args.limits.ping_interval) + u64::from(args.limits.ping_timeout),
             ),
         },
+        grace: grace_rx,
         roster: runtime_dir.join("workers.json"),
         affinity,
         store: backend.embedded(),
@@ -89,10 +92,17 @@ pub async fn run(args: MasterArgs) -> anyhow::Result<()> {
 
     systemd::ready("waiting for workers");
     tracing::info!(event = "master_started", "the master is ready");
+    // What can change while the master runs.
+    let apply = |cli: &Cli| {
+        let Command::Master(new) = &cli.command else {
+            return;
+        };
+        grace.send_replace(grace_of(new));
+    };
     let told = async {
         loop {
             match signals.next().await {
-                Told::Reload => {}
+                Told::Reload => settings.reload(apply),
                 told => return told,
             }
         }
@@ -123,6 +133,10 @@ pub async fn run(args: MasterArgs) -> anyhow::Result<()> {
     }
     backend.close().await;
     Ok(())
+}
+
+fn grace_of(args: &MasterArgs) -> Duration {
+    Duration::from_secs(args.limits.grace.into())
 }
 
 /// Where users, channels and messages are.
