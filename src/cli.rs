@@ -22,7 +22,7 @@ pub struct Cli {
     )]
     pub log: String,
     /// A file of settings, NAME=value a line, with the names of the environment variables, which
-    /// outrank it. Read again after SIGHUP.
+    /// outrank it. Read again after SIGHUP. With - before its name it may be missing.
     #[arg(long, global = true, env = "BANTER_CONFIG", value_name = "FILE")]
     pub config: Option<OsString>,
 }

@@ -264,8 +264,10 @@ impl Drop for RuntimeDir {
 fn given_env(settings: &Settings) -> anyhow::Result<Vec<(String, OsString)>> {
     let mut env = settings.given().to_vec();
     if let Some(file) = settings.file() {
-        let file = std::path::absolute(file).context("the working directory is gone")?;
-        env.push((CONFIG.to_owned(), file.into()));
+        let name = file
+            .absolute_name()
+            .context("the working directory is gone")?;
+        env.push((CONFIG.to_owned(), name));
     }
     Ok(env)
 }

@@ -9,6 +9,8 @@
 
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
+use std::io;
+use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 
 use clap::parser::ValueSource;
@@ -53,7 +55,7 @@ pub struct Settings {
     /// What counts, by variable; of a list each value.
     values: BTreeMap<String, Vec<OsString>>,
     given: Vec<(String, OsString)>,
-    file: Option<PathBuf>,
+    file: Option<File>,
 }
 
 impl Settings {
@@ -64,8 +66,8 @@ impl Settings {
     pub fn load(argv: Vec<OsString>) -> Result<(Cli, Self), LoadError> {
         let mut command = Cli::command();
         let file = config_file(command.clone(), &argv);
-        if let Some(path) = &file {
-            command = with_file(command, path)?;
+        if let Some(file) = &file {
+            command = with_file(command, file)?;
         }
         let matches = command.clone().try_get_matches_from(&argv)?;
         let cli = Cli::from_arg_matches(&matches)?;
@@ -111,8 +113,8 @@ impl Settings {
     }
 
     /// The file that they are read from, if there is one.
-    pub fn file(&self) -> Option<&Path> {
-        self.file.as_deref()
+    pub fn file(&self) -> Option<&File> {
+        self.file.as_ref()
     }
 
     /// Reads everything again and has `apply` take over what is [`RELOADABLE`]; a file that is wrong
@@ -176,6 +178,54 @@ impl Settings {
     }
 }
 
+/// A file of settings, as `--config` names it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct File {
+    path: PathBuf,
+    /// Whether it may be missing.
+    optional: bool,
+}
+
+impl File {
+    /// None of an empty name.
+    fn named(name: &OsStr) -> Option<Self> {
+        let name = name.as_bytes();
+        let (path, optional) = match name.strip_prefix(b"-") {
+            Some(path) => (path, true),
+            None => (name, false),
+        };
+        let path = PathBuf::from(OsStr::from_bytes(path));
+        (path != Path::new("")).then_some(Self { path, optional })
+    }
+
+    /// Its name for a process in whatever directory.
+    ///
+    /// # Errors
+    /// If the working directory is gone.
+    pub fn absolute_name(&self) -> io::Result<OsString> {
+        let mut name = OsString::from(if self.optional { "-" } else { "" });
+        name.push(std::path::absolute(&self.path)?);
+        Ok(name)
+    }
+
+    /// What it says; `None` if it is missing and may be.
+    fn read(&self) -> Result<Option<String>, ConfigError> {
+        let path = self.path.display();
+        match std::fs::read(&self.path) {
+            Ok(bytes) if bytes.len() > MAX_FILE => Err(ConfigError::new(format_args!(
+                "{path}: larger than {MAX_FILE} bytes"
+            ))),
+            Ok(bytes) => String::from_utf8(bytes)
+                .map(Some)
+                .map_err(|_| ConfigError::new(format_args!("{path}: is not UTF-8"))),
+            Err(error) if self.optional && error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(ConfigError::new(format_args!(
+                "{path}: cannot read: {error}"
+            ))),
+        }
+    }
+}
+
 /// The variables of a command's own arguments, with the arguments' ids.
 fn variables(command: &Command) -> Vec<(String, String)> {
     let arguments = command.get_arguments();
@@ -188,33 +238,27 @@ fn variables(command: &Command) -> Vec<(String, String)> {
 }
 
 /// The file that the command line or the environment names; none where the former makes no sense.
-fn config_file(command: Command, argv: &[OsString]) -> Option<PathBuf> {
+fn config_file(command: Command, argv: &[OsString]) -> Option<File> {
     let matches = command
         .ignore_errors(true)
         .try_get_matches_from(argv)
         .ok()?;
     let own = matches.subcommand().map_or(&matches, |(_, own)| own);
-    let path = own.try_get_one::<OsString>("config").ok()??;
-    (!path.is_empty()).then(|| path.into())
+    File::named(own.try_get_one::<OsString>("config").ok()??)
 }
 
 /// The command with what a file says as its arguments' defaults.
-fn with_file(mut command: Command, path: &Path) -> Result<Command, ConfigError> {
-    let fail = |what: &dyn std::fmt::Display| ConfigError::new(format!("{}{what}", path.display()));
-    let bytes =
-        std::fs::read(path).map_err(|error| fail(&format_args!(": cannot read: {error}")))?;
-    if bytes.len() > MAX_FILE {
-        return Err(fail(&format_args!(": larger than {MAX_FILE} bytes")));
-    }
-    let text = String::from_utf8(bytes).map_err(|_| fail(&": is not UTF-8"))?;
+fn with_file(mut command: Command, file: &File) -> Result<Command, ConfigError> {
+    let text = file.read()?.unwrap_or_default();
     for (number, line) in (1..).zip(text.lines()) {
-        let fail = |what: &dyn std::fmt::Display| fail(&format_args!(", line {number}: {what}"));
-        let Some((name, value)) = parse_line(line).map_err(|error| fail(&error))? else {
+        let path = file.path.display();
+        let fail = |what: String| ConfigError::new(format!("{path}, line {number}: {what}"));
+        let Some((name, value)) = parse_line(line).map_err(fail)? else {
             continue;
         };
-        let found = set_default(&mut command, name, &value).map_err(|error| fail(&error))?;
+        let found = set_default(&mut command, name, &value).map_err(fail)?;
         if !found {
-            return Err(fail(&format_args!(
+            return Err(fail(format!(
                 "{name} is no setting; see README.md for their names"
             )));
         }

@@ -126,6 +126,13 @@ fn what_is_wrong_with_a_file_is_told_in_one_line_with_its_place() {
         line.starts_with("banter: /nowhere/banter.conf: cannot read: "),
         "{line}"
     );
+    // Nor is one missing that may be.
+    let output = banter(
+        &["health", "--port", "6", "--config=-/nowhere/banter.conf"],
+        &[],
+    );
+    let told = String::from_utf8(output.stdout).unwrap();
+    assert!(told.starts_with("port 6: "), "{told}");
     file.write("JWT_SECRET=s3cret");
     let output = banter(&["worker", "--config", file.path(), "--help"], &[]);
     let help = String::from_utf8(output.stdout).unwrap();
@@ -200,15 +207,17 @@ fn a_worker_goes_by_its_new_limits_and_a_broken_file_changes_nothing() {
     }
     assert_eq!(login(&place), 429);
 
-    file.write("BANTER_MAX_PER_ADDRESS=0\nBANTER_AUTH_RATE=1000\nRUST_LOG=debug");
+    file.write("BANTER_MAX_PER_ADDRESS=0\nBANTER_AUTH_RATE=4\nRUST_LOG=debug");
     reload(&worker, &manager);
-    assert!(has_room(&place));
+    // What failed before still counts.
     assert_eq!(login(&place), 401);
+    assert_eq!(login(&place), 429);
+    assert!(has_room(&place));
+    worker.until_it_says(&["DEBUG"]);
     worker.until_it_says(&[
         "event=\"reloaded\"",
         "BANTER_AUTH_RATE, BANTER_MAX_PER_ADDRESS, RUST_LOG",
     ]);
-    // What failed before still counts.
     file.write("BANTER_AUTH_RATE=3");
     reload(&worker, &manager);
     assert_eq!(login(&place), 429);
