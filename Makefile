@@ -20,10 +20,13 @@ if ! cmp -s $(1)/package-lock.json "$$stamp"; then
 	cp $(1)/package-lock.json "$$stamp"
 fi
 endef
+# Where `make install` puts things; DESTDIR goes before all of it.
+PREFIX := /usr/local
+BIN := $(TARGET_DIR)/release/banter
 # Root needs no sudo; without a terminal sudo must not ask.
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo -n)
 
-.PHONY: help run build test test-unit test-clients test-redis bench fmt lint advisories install-node install-test-deps install-bench-deps
+.PHONY: help run build install test test-unit test-clients test-redis test-systemd bench fmt lint advisories install-node install-test-deps install-bench-deps
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 20
@@ -34,7 +37,7 @@ run: ## Build and run a server on port 8000 (make run ARGS="--port 9000 --worker
 build: ## Build the binary that the client tests run
 	@$(CARGO) build --locked
 
-test: test-unit test-clients test-redis ## Run all tests
+test: test-unit test-clients test-redis test-systemd ## Run all tests
 
 test-unit: install-redis-server ## Run the tests of the crate
 	@log=$$(mktemp)
@@ -56,6 +59,10 @@ test-redis: install-test-deps build ## Run them with Redis as the store, which m
 		BANTER_TEST_WORKERS=$$workers node $(CLIENTS)/run.js $(CLIENTS)/chat.test.js $(CLIENTS)/order.test.js
 	done
 
+test-systemd: install-test-deps install-systemd-container build ## Run the units under a real systemd, on machines of their own (root)
+	@export BANTER_BIN="$${BANTER_BIN:-$(abspath $(TARGET_DIR))/debug/banter}"
+	$(SUDO) env "PATH=$$PATH" BANTER_BIN="$$BANTER_BIN" node tests/systemd/run.js $(FILES)
+
 install-node: ## Install Node.js where it is missing
 	@if ! { command -v node && command -v npm; } >/dev/null; then
 		$(MAKE) apt-install PACKAGES="nodejs npm"
@@ -73,7 +80,26 @@ bench: install-bench-deps ## Measure the store, and the server beside a peer (th
 	$(CARGO) bench --locked --bench store
 	BANTER_BIN="$(abspath $(TARGET_DIR))/release/banter" node $(PEER)/run.js
 
-.PHONY: install-redis-server apt-install
+install: $(BIN) ## Install binary and units (PREFIX=/usr/local, DESTDIR=); README says what to do then
+	@lib="$(DESTDIR)$(PREFIX)/lib" etc="$(DESTDIR)/etc/banter"
+	install -Dm 755 -s "$(BIN)" "$(DESTDIR)$(PREFIX)/bin/banter"
+	for unit in systemd/*.service systemd/*.socket systemd/*.target; do
+		install -Dm 644 "$$unit" -t "$$lib/systemd/system"
+		sed -i 's#/usr/bin/banter#$(PREFIX)/bin/banter#' "$$lib/systemd/system/$${unit##*/}"
+	done
+	install -Dm 644 systemd/sysusers.conf "$$lib/sysusers.d/banter.conf"
+	install -Dm 644 systemd/tmpfiles.conf "$$lib/tmpfiles.d/banter.conf"
+	install -Dm 644 systemd/redis-tcp.conf -t "$(DESTDIR)$(PREFIX)/share/doc/banter/examples"
+	# An operator's settings stay.
+	[ -e "$$etc/banter.conf" ] || install -Dm 640 systemd/banter.conf "$$etc/banter.conf"
+
+$(TARGET_DIR)/release/banter:
+	@$(CARGO) build --release --locked
+
+.PHONY: install-redis-server install-systemd-container apt-install
+install-systemd-container:
+	@command -v systemd-nspawn >/dev/null || $(MAKE) apt-install PACKAGES=systemd-container
+
 install-redis-server:
 	@command -v redis-server >/dev/null || $(MAKE) apt-install PACKAGES=redis-server
 

@@ -11,10 +11,15 @@ use banter::ConfigError;
 use banter::cli::{Cli, Command};
 use banter::settings::{LoadError, Settings};
 use banter::store::migrate;
-use banter::{health, master, serve, telemetry, worker};
+use banter::{health, master, serve, systemd, telemetry, worker};
 
 /// How long work on blocking threads (the store, password hashes) may delay the end of a process.
 const BLOCKING_GRACE: Duration = Duration::from_secs(5);
+
+/// How long a unit stays before it ends with something to mend, and says so in its status. It is
+/// started again as soon as it ends, by `Restart=` or by a connection that waits in its socket, so
+/// that it serves once that is mended; the pause keeps it from doing so ten times a second.
+const CONFIG_PAUSE: Duration = Duration::from_secs(3);
 
 /// Exits with 0, or 1 for failures and for a server that is not healthy, 2 for a wrong command line
 /// (clap's), 78 for what the operator has to mend ([`ConfigError`]).
@@ -31,10 +36,14 @@ fn main() -> ExitCode {
             let line = text.lines().map(str::trim).collect::<Vec<_>>().join(" ");
             // Nobody may be there to read it.
             let _ = writeln!(std::io::stderr(), "banter: {line}");
-            match error.chain().any(|cause| cause.is::<ConfigError>()) {
-                true => ExitCode::from(serve::EXIT_CONFIG),
-                false => ExitCode::FAILURE,
+            if !error.chain().any(|cause| cause.is::<ConfigError>()) {
+                return ExitCode::FAILURE;
             }
+            if systemd::is_main_process() {
+                systemd::status(&line);
+                std::thread::sleep(CONFIG_PAUSE);
+            }
+            ExitCode::from(serve::EXIT_CONFIG)
         }
     }
 }

@@ -144,7 +144,8 @@ impl JwtSecret {
     /// The secret that is set, for a master or worker.
     ///
     /// The first one counts of: the credential `jwt-secret` in `$CREDENTIALS_DIRECTORY`, the file of
-    /// `--jwt-secret-file`, `JWT_SECRET`. A line break at a file's end does not belong to it.
+    /// `--jwt-secret-file`, `JWT_SECRET`. A line break at a file's end does not belong to it. An
+    /// empty credential is none: it stands in for a file that does not exist (`SetCredential=`).
     ///
     /// # Errors
     ///
@@ -202,6 +203,7 @@ fn find_in(
 ) -> Result<Option<(JwtSecret, Source)>, SecretError> {
     if let Some(path) = credentials.map(|directory| directory.join(FILE_NAME))
         && let Some(secret) = read_file(&path)?
+        && !secret.is_empty()
     {
         let source = Source::Credential(path);
         return Ok(Some((JwtSecret::new(secret, &source)?, source)));
@@ -393,6 +395,11 @@ mod tests {
         let value = format!("value{GOOD}");
         let all = args(Some(&value), Some(&file));
         // A credentials directory without this credential is another's.
+        assert_eq!(
+            find(Some(credentials.path()), &all).unwrap(),
+            format!("file{GOOD}")
+        );
+        std::fs::write(credentials.path().join(FILE_NAME), "\n").unwrap();
         assert_eq!(
             find(Some(credentials.path()), &all).unwrap(),
             format!("file{GOOD}")

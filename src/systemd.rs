@@ -378,6 +378,12 @@ pub fn watchdog_interval() -> Option<Duration> {
         .map(|timeout| timeout / 2)
 }
 
+/// Whether systemd itself started this process, as `ExecStart=` of a unit (systemd.exec(5),
+/// `$SYSTEMD_EXEC_PID`).
+pub fn is_main_process() -> bool {
+    env::var("SYSTEMD_EXEC_PID").is_ok_and(|pid| pid == std::process::id().to_string())
+}
+
 fn notify(state: &[NotifyState<'_>]) {
     if let Err(error) = sd_notify::notify(state) {
         tracing::debug!(%error, ?state, "cannot notify the service manager");

@@ -129,6 +129,13 @@ impl Link {
         *self.connected.borrow()
     }
 
+    /// Waits until the master is there, `patience` at most; whether it is.
+    pub async fn await_connected(&self, patience: Duration) -> bool {
+        let mut connected = self.connected.clone();
+        let there = connected.wait_for(|connected| *connected);
+        matches!(tokio::time::timeout(patience, there).await, Ok(Ok(_)))
+    }
+
     async fn question(
         &self,
         frame: impl FnOnce(u64) -> FromWorker + Send + 'static,

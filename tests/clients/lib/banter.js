@@ -13,7 +13,7 @@ const path = require('node:path');
 const assert = require('node:assert');
 const { freePort } = require('./ports.js');
 const { startRedis } = require('./redis.js');
-const { request } = require('./rest.js');
+const { Server } = require('./server.js');
 const { until } = require('./wait.js');
 
 const BINARY = process.env.BANTER_BIN
@@ -53,19 +53,17 @@ function processes() {
   return found;
 }
 
-class Banter {
+class Banter extends Server {
   /**
    * `store`: embedded or redis. `redis`: a Redis of the caller's, instead of one that comes and goes
    * with the server; `redisUrl`: the way to it, if not the usual one. `workers`: how many.
    */
   constructor({ workers = WORKERS, store = STORE, redis, redisUrl, env = {}, args = [], stateDir } = {}) {
-    this.options = { workers, store, redisUrl, env, args };
+    super({ workers, store, redisUrl, env, args });
     this.redis = redis;
     this.ownsRedis = store === 'redis' && redis === undefined;
     this.home = fs.mkdtempSync(path.join(os.tmpdir(), 'banter-test-'));
     this.stateDir = stateDir ?? path.join(this.home, 'state');
-    this.output = [];
-    this.names = 0;
   }
 
   async start() {
@@ -110,7 +108,6 @@ class Banter {
     });
     for (const key of Object.keys(env)) if (env[key] === undefined) delete env[key];
     this.port = port;
-    this.url = `http://127.0.0.1:${port}`;
     this.exit = undefined;
     const child = spawn(BINARY, ['serve', ...this.options.args], { env, stdio: ['ignore', 'pipe', 'pipe'] });
     this.child = child;
@@ -164,14 +161,6 @@ class Banter {
     );
   }
 
-  logs() {
-    return this.output.join('');
-  }
-
-  api(method, where, options) {
-    return request(this.port, method, where, options);
-  }
-
   /** Our own children by role: `master`, and workers by number. */
   roles() {
     const roles = { master: undefined, workers: new Map() };
@@ -212,53 +201,6 @@ class Banter {
     const pid = this.masterPid();
     process.kill(pid, 'SIGKILL');
     return pid;
-  }
-
-  /** Client addresses, by the worker that serves them: each is used once only. */
-  async addressOfWorker(number) {
-    if (!this.addresses) {
-      // Until all workers serve, addresses go to those that do.
-      this.addresses = { next: 2, spare: new Map() };
-      const seen = new Set();
-      for (let host = 2; host < 255 && seen.size < this.options.workers; host++) {
-        await until(`127.0.16.${host} is served`, async () => {
-          const worker = await this.workerOfAddress(`127.0.16.${host}`);
-          return worker !== undefined && seen.add(worker);
-        });
-      }
-    }
-    const { spare } = this.addresses;
-    for (;;) {
-      const known = spare.get(number);
-      if (known?.length) return known.shift();
-      const host = this.addresses.next++;
-      if (host > 4_000) throw new Error(`no address in 127.0.0.0/20 is served by worker ${number}`);
-      const address = `127.0.${host >> 8}.${host & 255}`;
-      const answer = await this.api('GET', '/health', { localAddress: address });
-      assert.strictEqual(answer.status, 200, `GET /health from ${address}: ${answer.text}`);
-      const worker = Number(answer.json.worker);
-      spare.set(worker, [...(spare.get(worker) ?? []), address]);
-    }
-  }
-
-  /** Which worker serves this address now. */
-  async workerOfAddress(localAddress) {
-    const answer = await this.api('GET', '/health', { localAddress });
-    return answer.status === 200 ? Number(answer.json.worker) : undefined;
-  }
-
-  /** A new account: `{name, password, token}`. */
-  async register(prefix = 'user', options = {}) {
-    const name = `${prefix}${++this.names}x${Math.random().toString(36).slice(2, 8)}`;
-    const password = `secret of ${name}`;
-    const answer = await this.api('POST', '/auth/register', { body: { name, password }, ...options });
-    assert.strictEqual(answer.status, 200, `register ${name}: ${answer.status} ${answer.text}`);
-    return { name, password, token: answer.json.token };
-  }
-
-  /** A channel key that no other test uses. */
-  key(prefix = 'room') {
-    return `${prefix}-${++this.names}-${Math.random().toString(36).slice(2, 10)}`;
   }
 
   killEverything() {
