@@ -1,5 +1,6 @@
 //! The command line: subcommands, flags, and the environment variable of each flag.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
@@ -22,6 +23,10 @@ pub struct Cli {
         value_name = "FILTER"
     )]
     pub log: String,
+    /// A file of settings, NAME=value a line, with the names of the environment variables, which
+    /// outrank it. Read again after SIGHUP. With - before its name it may be missing.
+    #[arg(long, global = true, env = "BANTER_CONFIG", value_name = "FILE")]
+    pub config: Option<OsString>,
 }
 
 /// The subcommands.
@@ -128,15 +133,10 @@ impl ProxyArgs {
     pub fn trusted(&self) -> Trusted {
         self.trust_proxy.iter().cloned().collect()
     }
-
-    /// The environment variable that gives another process the same networks.
-    pub fn env(&self) -> [(&'static str, String); 1] {
-        [("BANTER_TRUST_PROXY", self.trusted().to_string())]
-    }
 }
 
 /// Limits; 0 switches one off.
-#[derive(Debug, Clone, Args)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Args)]
 pub struct LimitArgs {
     /// Registrations and failed logins per minute and address. 0: no limit.
     #[arg(long, env = "BANTER_AUTH_RATE", default_value_t = 30, value_name = "N")]
@@ -185,22 +185,6 @@ pub struct LimitArgs {
     #[arg(long, env = "BANTER_PING_TIMEOUT", default_value_t = 10, value_name = "SECONDS",
           value_parser = clap::value_parser!(u32).range(1..=3600))]
     pub ping_timeout: u32,
-}
-
-impl LimitArgs {
-    /// The environment variables that give another process the same limits.
-    pub fn env(&self) -> [(&'static str, String); 8] {
-        [
-            ("BANTER_AUTH_RATE", self.auth_rate.to_string()),
-            ("BANTER_POST_RATE", self.post_rate.to_string()),
-            ("BANTER_MAX_CONNECTIONS", self.max_connections.to_string()),
-            ("BANTER_MAX_PER_ADDRESS", self.max_per_address.to_string()),
-            ("BANTER_MAX_MESSAGE", self.max_message.to_string()),
-            ("BANTER_GRACE", self.grace.to_string()),
-            ("BANTER_PING_INTERVAL", self.ping_interval.to_string()),
-            ("BANTER_PING_TIMEOUT", self.ping_timeout.to_string()),
-        ]
-    }
 }
 
 /// `banter serve`.
@@ -311,54 +295,10 @@ pub struct MigrateArgs {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
-
-    use clap::{Args as _, FromArgMatches};
-
     use super::*;
 
     #[test]
     fn the_command_line_is_consistent() {
         <Cli as clap::CommandFactory>::command().debug_assert();
-    }
-
-    #[test]
-    fn trusted_networks_reach_a_child_whichever_way_they_were_given() {
-        let parse = |line: &[&str]| {
-            let command = ProxyArgs::augment_args(clap::Command::new("test"));
-            ProxyArgs::from_arg_matches(&command.get_matches_from(line)).unwrap()
-        };
-        let given = [
-            "--trust-proxy=10.0.0.0/8, ::1",
-            "--trust-proxy=192.0.2.1",
-            "--trust-proxy=",
-        ];
-        let args = parse(&[&["test"], &given[..]].concat());
-        let [(name, value)] = args.env();
-        assert_eq!(
-            (name, value.as_str()),
-            ("BANTER_TRUST_PROXY", "10.0.0.0/8,::1/128,192.0.2.1/32")
-        );
-        let child = parse(&["test", &format!("--trust-proxy={value}")]);
-        assert_eq!(child.trusted(), args.trusted());
-        let [(_, none)] = parse(&["test"]).env();
-        assert!(
-            parse(&["test", &format!("--trust-proxy={none}")])
-                .trusted()
-                .is_empty()
-        );
-    }
-
-    #[test]
-    fn every_limit_reaches_a_child_by_its_own_variable() {
-        let command = LimitArgs::augment_args(clap::Command::new("test"));
-        let mut expected = BTreeMap::new();
-        let mut line = vec!["test".to_owned()];
-        for (value, arg) in (100..).zip(command.get_arguments()) {
-            line.push(format!("--{}={value}", arg.get_long().unwrap()));
-            expected.insert(arg.get_env().unwrap().to_str().unwrap(), value.to_string());
-        }
-        let args = LimitArgs::from_arg_matches(&command.clone().get_matches_from(line)).unwrap();
-        assert_eq!(BTreeMap::from(args.env()), expected);
     }
 }

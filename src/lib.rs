@@ -15,6 +15,7 @@ pub mod proxy;
 pub mod routing;
 pub mod secret;
 pub mod serve;
+pub mod settings;
 pub mod signals;
 pub mod store;
 pub mod systemd;

@@ -25,9 +25,11 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::ConfigError;
-use crate::cli::MasterArgs;
+use crate::cli::{Cli, Command, MasterArgs};
 use crate::handoff;
 use crate::presence::Numbered;
+use crate::proxy::Trusted;
+use crate::settings::Settings;
 use crate::signals::{Signals, Told};
 use crate::store::embedded::Embedded;
 use crate::store::redis::{Lease, LeaseError, RedisStore};
@@ -46,7 +48,7 @@ const END: Duration = Duration::from_secs(5);
 ///
 /// # Errors
 /// If the sockets or the store cannot be opened.
-pub async fn run(args: MasterArgs) -> anyhow::Result<()> {
+pub async fn run(args: MasterArgs, mut settings: Settings) -> anyhow::Result<()> {
     let mut signals = Signals::listen()?;
     let runtime_dir = systemd::runtime_dir(&args.runtime)?;
     let sockets = match systemd::ListenSockets::from_env().map_err(ConfigError::new)? {
@@ -63,16 +65,8 @@ pub async fn run(args: MasterArgs) -> anyhow::Result<()> {
     let handoff = handoff::Listener::from_fd(sockets.handoff)
         .context("the hand-off socket cannot be used")?;
     tasks.spawn(router::serve_workers(handoff, router.clone(), stop.clone()));
-    let trusted = args.proxy.trusted();
-    if let Some(network) = trusted.everybody() {
-        tracing::warn!(
-            "--trust-proxy {network} trusts everybody: any client can pose as any other"
-        );
-    }
-    if !trusted.is_empty() {
-        tracing::info!(networks = %trusted, "believes proxies in these networks");
-    }
-    let trusted = watch::Sender::new(Arc::new(trusted));
+    let trusted = watch::Sender::new(Arc::new(Trusted::default()));
+    trust(&trusted, &args);
     let lookout = peek::Lookout::new(peek::Settings {
         trusted: trusted.subscribe(),
         router: router.clone(),
@@ -94,13 +88,15 @@ pub async fn run(args: MasterArgs) -> anyhow::Result<()> {
     }
     let control = tokio::net::UnixListener::from_std(sockets.control)
         .context("the control socket cannot be used")?;
+    let (grace, grace_rx) = watch::channel(grace_of(&args));
     let cluster = cluster::Cluster::new(cluster::Settings {
         timing: registry::Timing {
-            grace: Duration::from_secs(args.limits.grace.into()),
+            grace: grace_of(&args),
             silence: Duration::from_secs(
                 u64::from(args.limits.ping_interval) + u64::from(args.limits.ping_timeout),
             ),
         },
+        grace: grace_rx,
         roster: runtime_dir.join("workers.json"),
         affinity,
         store: backend.embedded(),
@@ -111,10 +107,18 @@ pub async fn run(args: MasterArgs) -> anyhow::Result<()> {
 
     systemd::ready("waiting for workers");
     tracing::info!(event = "master_started", "the master is ready");
+    // What can change while the master runs.
+    let apply = |cli: &Cli| {
+        let Command::Master(new) = &cli.command else {
+            return;
+        };
+        grace.send_replace(grace_of(new));
+        trust(&trusted, new);
+    };
     let told = async {
         loop {
             match signals.next().await {
-                Told::Reload => {}
+                Told::Reload => settings.reload(apply),
                 told => return told,
             }
         }
@@ -145,6 +149,25 @@ pub async fn run(args: MasterArgs) -> anyhow::Result<()> {
     }
     backend.close().await;
     Ok(())
+}
+
+fn grace_of(args: &MasterArgs) -> Duration {
+    Duration::from_secs(args.limits.grace.into())
+}
+
+/// Believes the proxies that the settings name, from now on.
+fn trust(trusted: &watch::Sender<Arc<Trusted>>, args: &MasterArgs) {
+    let new = args.proxy.trusted();
+    if **trusted.borrow() == new {
+        return;
+    }
+    if let Some(network) = new.everybody() {
+        tracing::warn!(
+            "--trust-proxy {network} trusts everybody: any client can pose as any other"
+        );
+    }
+    tracing::info!(networks = %new, "believes proxies in these networks");
+    trusted.send_replace(Arc::new(new));
 }
 
 /// Where users, channels and messages are.

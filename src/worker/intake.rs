@@ -22,6 +22,7 @@ use tower::ServiceExt as _;
 use super::http::error::ApiError;
 use super::link::Identity;
 use super::transport::{Handle, Transport};
+use crate::cli::LimitArgs;
 use crate::handoff::{
     self, Credit, HandoffError, KnownBy, MAX_RESERVE, MAX_WINDOW, Offer, ToMaster, WorkerEnd,
     WorkerState,
@@ -49,7 +50,8 @@ pub struct Capacity {
 
 impl Capacity {
     /// What the limits say, but never more than the process has descriptors for.
-    pub fn of(connections: u32, per_address: u32) -> Self {
+    pub fn of(limits: &LimitArgs) -> Self {
+        let (connections, per_address) = (limits.max_connections, limits.max_per_address);
         let descriptors =
             descriptors().saturating_sub(RESERVED_DESCRIPTORS + u64::from(MAX_RESERVE));
         let possible = u32::try_from(descriptors).unwrap_or(u32::MAX).max(1);
@@ -179,7 +181,7 @@ pub struct Intake {
     /// The master's hand-off socket.
     pub handoff: PathBuf,
     /// How many.
-    pub capacity: Capacity,
+    pub capacity: watch::Receiver<Capacity>,
     /// Those that there are.
     pub connections: Arc<Connections>,
     /// What serves them.
@@ -220,9 +222,11 @@ impl Intake {
         .await?;
         *pause = RETRY.0;
         let mut count = self.connections.count.subscribe();
+        let mut capacity = self.capacity.clone();
         let mut said = None;
         loop {
             count.borrow_and_update();
+            capacity.borrow_and_update();
             let state = self.say_credit(&end, &mut said).await?;
             tokio::select! {
                 received = end.recv() => match received {
@@ -236,8 +240,9 @@ impl Intake {
                     }
                     Err(error) => return Err(error),
                 },
-                // The sender lives as long as the intake.
+                // The senders live as long as the intake.
                 _ = count.changed() => {}
+                Ok(()) = capacity.changed() => {}
                 () = self.ready.cancelled(), if state == WorkerState::Starting => {}
                 () = self.draining.cancelled(), if state != WorkerState::Draining => {}
             }
@@ -269,7 +274,7 @@ impl Intake {
         if !self.ready.is_cancelled() {
             return none(WorkerState::Starting);
         }
-        let limit = self.capacity.connections;
+        let limit = self.capacity.borrow().connections;
         let window = limit.saturating_sub(count).min(MAX_WINDOW);
         let reserve = (limit + MAX_RESERVE).saturating_sub(count).min(MAX_RESERVE);
         let state = if window == 0 {
@@ -330,6 +335,7 @@ impl Intake {
         transport.hold(Box::new(place) as Box<dyn Any + Send>);
         let too_many = self
             .capacity
+            .borrow()
             .per_address
             .is_some_and(|limit| of_address > limit);
         let router = self.router.clone();
