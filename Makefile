@@ -9,6 +9,7 @@ MAKEFLAGS += --no-print-directory
 
 CARGO ?= cargo
 CARGO_DENY_VERSION := 0.20.2
+CARGO_DEB_VERSION := 3.8.0
 CLIENTS := tests/clients
 PEER := benches/chat
 TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
@@ -26,7 +27,7 @@ BIN := $(TARGET_DIR)/release/banter
 # Root needs no sudo; without a terminal sudo must not ask.
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo -n)
 
-.PHONY: help run build install test test-unit test-clients test-redis test-systemd bench fmt lint advisories install-node install-test-deps install-bench-deps
+.PHONY: help run build install deb test test-unit test-clients test-redis test-systemd bench fmt lint advisories install-node install-test-deps install-bench-deps
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 20
@@ -59,9 +60,10 @@ test-redis: install-test-deps build ## Run them with Redis as the store, which m
 		BANTER_TEST_WORKERS=$$workers node $(CLIENTS)/run.js $(CLIENTS)/chat.test.js $(CLIENTS)/order.test.js
 	done
 
-test-systemd: install-test-deps install-systemd-container build ## Run the units under a real systemd, on machines of their own (root)
+test-systemd: install-test-deps install-systemd-container install-cargo-deb build ## Run the units under a real systemd, on machines of their own (root)
 	@export BANTER_BIN="$${BANTER_BIN:-$(abspath $(TARGET_DIR))/debug/banter}"
-	$(SUDO) env "PATH=$$PATH" BANTER_BIN="$$BANTER_BIN" node tests/systemd/run.js $(FILES)
+	# cargo, which makes the package, finds its toolchain by HOME.
+	$(SUDO) env "PATH=$$PATH" "HOME=$$HOME" BANTER_BIN="$$BANTER_BIN" node tests/systemd/run.js $(FILES)
 
 install-node: ## Install Node.js where it is missing
 	@if ! { command -v node && command -v npm; } >/dev/null; then
@@ -90,13 +92,25 @@ install: $(BIN) ## Install binary and units (PREFIX=/usr/local, DESTDIR=); READM
 	install -Dm 644 systemd/sysusers.conf "$$lib/sysusers.d/banter.conf"
 	install -Dm 644 systemd/tmpfiles.conf "$$lib/tmpfiles.d/banter.conf"
 	install -Dm 644 systemd/redis-tcp.conf -t "$(DESTDIR)$(PREFIX)/share/doc/banter/examples"
+	install -Dm 644 README.md CHANGELOG.md LICENSE -t "$(DESTDIR)$(PREFIX)/share/doc/banter"
 	# An operator's settings stay.
 	[ -e "$$etc/banter.conf" ] || install -Dm 640 systemd/banter.conf "$$etc/banter.conf"
+
+deb: install-cargo-deb ## Build a Debian package, in target/debian
+	@$(CARGO) deb --locked
 
 $(TARGET_DIR)/release/banter:
 	@$(CARGO) build --release --locked
 
-.PHONY: install-redis-server install-systemd-container install-proxies apt-install
+.PHONY: install-redis-server install-systemd-container install-cargo-deb install-proxies apt-install
+# Unoptimised, and without what is not needed, it builds in half a minute; the work is xz's and strip's.
+install-cargo-deb:
+	@command -v dpkg-shlibdeps >/dev/null || $(MAKE) apt-install PACKAGES=dpkg-dev
+	if [ "$$($(CARGO) deb --version 2>/dev/null)" != "cargo-deb $(CARGO_DEB_VERSION)" ]; then
+		echo "installing cargo-deb $(CARGO_DEB_VERSION)"
+		$(CARGO) install --locked --quiet --debug --no-default-features cargo-deb --version $(CARGO_DEB_VERSION) --config profile.dev.debug=0
+	fi
+
 install-systemd-container:
 	@command -v systemd-nspawn >/dev/null || $(MAKE) apt-install PACKAGES=systemd-container
 
