@@ -128,6 +128,8 @@ export class Session {
     // Half of a surrogate pair cannot be sent: it becomes what it would become on the way.
     const entry = { nonce, channel, text: wellFormed(text), at: Date.now(), state: 'queued' };
     this.outbox.push(entry);
+    // What is written next is news again.
+    this.typedAt = 0;
     this.outboxChanged(entry);
     this.sendPosts(channel);
     return entry;

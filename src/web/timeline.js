@@ -128,6 +128,7 @@ export class Timeline {
       if (index + 1 < this.to) this.redraw(index + 1);
     });
     this.countBelow(items[index], own);
+    if (items.length === 1) this.drawBeginning();
     if (this.stuck) {
       this.scrollToEnd();
       this.shrinkTop();
@@ -271,8 +272,7 @@ export class Timeline {
   }
 
   drawToEnd() {
-    const far = !this.stuck && (this.below > 0 || this.to < this.channel.items.length || this.scroller.scrollHeight - this.scroller.scrollTop > 2.5 * this.scroller.clientHeight);
-    $('to-end').hidden = !far;
+    $('to-end').hidden = this.stuck;
     $('to-end-text').textContent = this.below > 0 ? `${this.below} new ${this.below === 1 ? 'message' : 'messages'}` : 'Latest messages';
     $('to-end').classList.toggle('has-new', this.below > 0);
   }

@@ -11,6 +11,10 @@ class Proxy {
     this.localAddress = localAddress;
     this.pairs = new Set();
     this.isCut = false;
+    /** Pages and requests get through, connections for Socket.IO do not. */
+    this.withoutSockets = false;
+    /** What the server says is lost on the way, while what clients say arrives. */
+    this.isMute = false;
     this.server = net.createServer((client) => this.accept(client));
   }
 
@@ -31,15 +35,23 @@ class Proxy {
     const server = net.connect({ host: '127.0.0.1', port: this.port(), localAddress: this.localAddress });
     const pair = [client, server];
     this.pairs.add(pair);
-    for (const [one, other] of [pair, [server, client]]) {
+    const end = () => {
+      this.pairs.delete(pair);
+      client.destroy();
+      server.destroy();
+    };
+    for (const one of pair) {
       one.setNoDelay(true);
-      one.pipe(other);
       one.on('error', () => {});
-      one.on('close', () => {
-        other.destroy();
-        this.pairs.delete(pair);
-      });
+      one.on('close', end);
     }
+    client.on('data', (data) => {
+      if (this.withoutSockets && data.subarray(0, 15).toString() === 'GET /socket.io/') end();
+      else server.write(data);
+    });
+    server.on('data', (data) => this.isMute || client.write(data));
+    client.on('end', () => server.end());
+    server.on('end', () => client.end());
   }
 
   /** Nothing gets through any more, and what is open breaks. */
@@ -53,7 +65,7 @@ class Proxy {
   }
 
   mend() {
-    this.isCut = false;
+    this.isCut = this.withoutSockets = this.isMute = false;
   }
 
   stop() {
