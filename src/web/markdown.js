@@ -242,7 +242,9 @@ function readLink(text, at) {
   if (addressEnd < 1 || text[from + addressEnd] !== ')') return undefined;
   const label = text.slice(at + 1, at + labelEnd);
   const url = safeUrl(text.slice(from, from + addressEnd));
-  return url && { label, url, end: from + addressEnd + 1 };
+  // A text that looks like an address must not lead to another one.
+  const honest = !/^\s*(https?:|www\.)/i.test(label) || safeUrl(label) === url;
+  return url && { label: honest ? label : url, url, end: from + addressEnd + 1 };
 }
 
 /** An address that stands in the text as it is. What ends a sentence does not belong to it. */
@@ -265,7 +267,9 @@ function safeUrl(address) {
   try {
     const url = new URL(address);
     const empty = url.protocol === 'mailto:' ? !url.pathname : !url.hostname;
-    return PROTOCOLS.has(url.protocol) && !empty ? url.href : undefined;
+    // What looks like the host before an @ is a name only, put there to deceive.
+    const deceives = url.username !== '' || url.password !== '';
+    return PROTOCOLS.has(url.protocol) && !empty && !deceives ? url.href : undefined;
   } catch {
     return undefined;
   }
