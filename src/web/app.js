@@ -278,6 +278,7 @@ class Chat {
     this.composer.show(channel.key, channel.name);
     this.draw();
     if (before) {
+      this.showPane('chat');
       announce(`${channel.name}, ${describe(channel)}`);
       if (!narrow.matches) this.composer.focus();
     }
@@ -632,6 +633,7 @@ class Chat {
     $('share-copy').textContent = 'Copy';
     $('share-dialog').showModal();
     $('share-link').select();
+    $('share-link').scrollLeft = 0;
   }
 
   askToLeave() {

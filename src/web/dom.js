@@ -10,8 +10,13 @@ export function element(tag, properties = {}, ...children) {
     if (name in node) node[name] = value;
     else node.setAttribute(name, value);
   }
-  node.append(...children.filter((child) => child !== undefined && child !== null && child !== false));
+  fill(node, ...children);
   return node;
+}
+
+/** Puts nodes in the place of what is in there. What is undefined or false is left out. */
+export function fill(node, ...children) {
+  node.replaceChildren(...children.filter((child) => child !== undefined && child !== false));
 }
 
 /** One of the icons in index.html. */
@@ -33,9 +38,6 @@ export function avatar(name) {
   node.style.setProperty('--hue', String(hash % 360));
   return node;
 }
-
-/** Puts nodes in the place of what is in there. */
-export const fill = (node, ...children) => node.replaceChildren(...children);
 
 const announcer = () => $('announcer');
 let announcements = 0;

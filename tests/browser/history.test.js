@@ -13,7 +13,7 @@ suite('history', {}, (scenario, banter) => {
     const key = banter().key();
     const writers = await Promise.all(['ann', 'bob', 'cid', 'dot'].map((name) => world.person(name)));
     for (const writer of writers) await writer.join(key);
-    const text = (i) => `${i} ${'lorem ipsum dolor sit amet '.repeat((i * 7) % 9)}${i % 13 === 0 ? '\n- with\n- a list' : ''}${i % 29 === 0 ? '\n```\nand code\n```' : ''}`;
+    const text = (i) => `${i} ${'lorem ipsum dolor sit amet '.repeat((i * 7) % 5)}${i % 13 === 0 ? '\n- with\n- a list' : ''}${i % 29 === 0 ? '\n```\nand code\n```' : ''}`;
     for (let i = 0; i < MESSAGES; i += 400) {
       await Promise.all(Array.from({ length: 400 }, (_, j) => writers[Math.floor((i + j) / 3) % 4].post(key, text(i + j))));
     }
