@@ -38,100 +38,100 @@ const WINDOWS = {
 
 suite('looks', {}, (scenario, banter) => {
   for (const [size, window] of Object.entries(WINDOWS)) {
-    for (const colorScheme of ['light', 'dark']) {
-      scenario(`${size}, ${colorScheme}: pictures, and nothing that axe finds fault with`, async ({ person, world }) => {
-        const at = `${size}-${colorScheme}`;
-        const names = [`Ada${at.replace('-', '')}`, `Ben${at.replace('-', '')}`];
-        const view = async (what) => {
-          await ada.picture(`${at}-${what}`);
-          // In the dark only the colours are others.
-          await assertAccessible(ada, `${at}, ${what}`, colorScheme === 'light' ? LEVELS : ['color-contrast']);
-        };
-        const ada = await person(names[0], { ...window, colorScheme, reducedMotion: 'reduce' });
-        ada.expected.push(/status of 401/, /WebSocket connection to .* failed/, /net::ERR_/);
-        await ada.visit();
-        await view('login');
-        await ada.$('#mode').click();
-        await ada.$('#name').fill('x');
-        await ada.$('#password').fill('y');
-        await ada.$('#login-button').click();
-        await view('register-error');
-        await ada.enter();
-        const { json } = await banter().api('POST', '/channels', { token: (await banter().register()).token, body: { name: `Releases ${at}` } });
-        await ada.visit(`#/c/${json.key}/Releases`);
-        await ada.page.reload();
-        await ada.online();
-        await view('empty');
-        const ben = await world.client({ name: names[1], token: (await banter().api('POST', '/auth/register', { body: { name: names[1], password: 'correct horse' } })).json.token });
-        await ben.open();
-        await ben.join(json.key);
-        await ben.join('random');
-        for (const [who, text] of CONVERSATION) {
-          if (who === 0) {
-            await ada.say(text.replace('@ben', `@${names[1]}`));
-            await ada.until(() => document.querySelectorAll('#pending > .message').length === 0);
-          } else {
-            await ben.post(json.key, text);
-          }
+    scenario(`${size}: pictures in light and dark, and nothing that axe finds fault with`, async ({ person, world }) => {
+      const names = [`Ada${size}`, `Ben${size}`];
+      const ada = await person(names[0], { ...window, colorScheme: 'light', reducedMotion: 'reduce' });
+      const view = async (what) => {
+        await ada.picture(`${size}-light-${what}`);
+        await assertAccessible(ada, `${size}, light, ${what}`, LEVELS);
+        await ada.page.emulateMedia({ colorScheme: 'dark' });
+        await ada.picture(`${size}-dark-${what}`);
+        // Only the colours are others.
+        await assertAccessible(ada, `${size}, dark, ${what}`, ['color-contrast']);
+        await ada.page.emulateMedia({ colorScheme: 'light' });
+      };
+      ada.expected.push(/status of 401/, /WebSocket connection to .* failed/, /net::ERR_/);
+      await ada.visit();
+      await view('login');
+      await ada.$('#mode').click();
+      await ada.$('#name').fill('x');
+      await ada.$('#password').fill('y');
+      await ada.$('#login-button').click();
+      await view('register-error');
+      await ada.enter();
+      const { json } = await banter().api('POST', '/channels', { token: (await banter().register()).token, body: { name: `Releases ${size}` } });
+      await ada.visit(`#/c/${json.key}/Releases`);
+      await ada.page.reload();
+      await ada.online();
+      await view('empty');
+      const ben = await world.client({ name: names[1], token: (await banter().api('POST', '/auth/register', { body: { name: names[1], password: 'correct horse' } })).json.token });
+      await ben.open();
+      await ben.join(json.key);
+      await ben.join('random');
+      for (const [who, text] of CONVERSATION) {
+        if (who === 0) {
+          await ada.say(text.replace('@ben', `@${names[1]}`));
+          await ada.until(() => document.querySelectorAll('#pending > .message').length === 0);
+        } else {
+          await ben.post(json.key, text);
         }
-        await ada.until((count) => document.querySelectorAll('#messages > .message').length === count, CONVERSATION.length);
-        await ben.post(json.key, `Looks good on mine, @${names[0]}`);
-        await ben.emitAck('user : status_changed', { channel: json.key, status: 'away' });
-        ben.emit('channel:typing', { channel: json.key });
-        await ada.until(() => document.getElementById('typing').textContent !== '');
-        await view('chat');
-        if (size === 'phone') {
-          await ada.$('#to-channels').click();
-          await view('channels');
-          await ada.page.keyboard.press('Escape');
-          await ada.$('.channel[aria-current]').click();
-          await ada.$('#to-people').click();
-          await view('people');
-          await ada.$('#from-people').click();
-        }
-        const dialog = async (what, open) => {
-          await open();
-          await view(what);
-          await ada.page.keyboard.press('Escape');
-        };
-        await dialog('share', () => ada.$('#share').click());
-        await dialog('leave', () => ada.$('#leave').click());
-        await dialog('emoji', () => ada.$('#emoji-button').click());
-        if (size === 'phone') await ada.$('#to-channels').click();
-        await dialog('settings', () => ada.$('#me').click());
-        await dialog('new-channel', () => ada.$('#new-channel').click());
-        await dialog('join', () => ada.$('#join-key').click());
-        if (size === 'phone') await ada.$('.channel[aria-current]').click();
-        ada.proxy.cut();
-        await ada.$('#connection').waitFor();
-        await ada.say('This waits until the connection is back.');
-        await ada.$('#pending > .message').waitFor();
-        await view('reconnecting');
-        ada.proxy.mend();
-        await ada.sees('This waits');
-        await ada.say('y'.repeat(17_000));
-        await ada.$('.failed').waitFor();
-        await view('failed');
-        // The switch wins over the system.
-        const other = colorScheme === 'light' ? 'dark' : 'light';
-        const ground = () => ada.page.evaluate(() => getComputedStyle(document.body).backgroundColor);
-        const before = await ground();
-        if (size === 'phone') await ada.$('#to-channels').click();
-        await ada.$('#me').click();
-        await ada.$('#settings-dialog').getByLabel(other === 'dark' ? 'Dark' : 'Light').check();
-        assert.notStrictEqual(await ground(), before);
-        await ada.page.reload();
-        await ada.online();
-        assert.notStrictEqual(await ground(), before, 'and is remembered');
-        // Nothing moves for who does not want it.
-        assert.strictEqual(await ada.page.evaluate(() => document.getAnimations().length), 0);
-        // Nothing is wider than the window, and at twice the size of text neither.
-        const surplus = () => ada.page.evaluate(() => document.documentElement.scrollWidth - innerWidth);
-        assert.ok(await surplus() <= 0);
-        await ada.page.evaluate(() => { document.documentElement.style.zoom = '2'; });
-        assert.ok(await surplus() <= 0);
-      });
-    }
+      }
+      await ada.until((count) => document.querySelectorAll('#messages > .message').length === count, CONVERSATION.length);
+      await ben.post(json.key, `Looks good on mine, @${names[0]}`);
+      await ben.emitAck('user : status_changed', { channel: json.key, status: 'away' });
+      ben.emit('channel:typing', { channel: json.key });
+      await ada.until(() => document.getElementById('typing').textContent !== '');
+      await view('chat');
+      if (size === 'phone') {
+        await ada.$('#to-channels').click();
+        await view('channels');
+        await ada.page.keyboard.press('Escape');
+        await ada.$('.channel[aria-current]').click();
+        await ada.$('#to-people').click();
+        await view('people');
+        await ada.$('#from-people').click();
+      }
+      const dialog = async (what, open) => {
+        await open();
+        await view(what);
+        await ada.page.keyboard.press('Escape');
+      };
+      await dialog('share', () => ada.$('#share').click());
+      await dialog('leave', () => ada.$('#leave').click());
+      await dialog('emoji', () => ada.$('#emoji-button').click());
+      if (size === 'phone') await ada.$('#to-channels').click();
+      await dialog('settings', () => ada.$('#me').click());
+      await dialog('new-channel', () => ada.$('#new-channel').click());
+      await dialog('join', () => ada.$('#join-key').click());
+      if (size === 'phone') await ada.$('.channel[aria-current]').click();
+      ada.proxy.cut();
+      await ada.$('#connection').waitFor();
+      await ada.say('This waits until the connection is back.');
+      await ada.$('#pending > .message').waitFor();
+      await view('reconnecting');
+      ada.proxy.mend();
+      await ada.sees('This waits');
+      await ada.say('y'.repeat(17_000));
+      await ada.$('.failed').waitFor();
+      await view('failed');
+      // The switch wins over the system.
+      const ground = () => ada.page.evaluate(() => getComputedStyle(document.body).backgroundColor);
+      const before = await ground();
+      if (size === 'phone') await ada.$('#to-channels').click();
+      await ada.$('#me').click();
+      await ada.$('#settings-dialog').getByLabel('Dark').check();
+      assert.notStrictEqual(await ground(), before);
+      await ada.page.reload();
+      await ada.online();
+      assert.notStrictEqual(await ground(), before, 'and is remembered');
+      // Nothing moves for who does not want it.
+      assert.strictEqual(await ada.page.evaluate(() => document.getAnimations().length), 0);
+      // Nothing is wider than the window, and at twice the size of text neither.
+      const surplus = () => ada.page.evaluate(() => document.documentElement.scrollWidth - innerWidth);
+      assert.ok(await surplus() <= 0);
+      await ada.page.evaluate(() => { document.documentElement.style.zoom = '2'; });
+      assert.ok(await surplus() <= 0);
+    });
   }
 
   scenario('with the keyboard alone: register, talk, make a channel, go back, log out; the focus is always seen', async ({ person }) => {
