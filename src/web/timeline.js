@@ -290,7 +290,7 @@ export class Timeline {
       const where = element('bdi', {}, channel.name);
       fill(
         node,
-        element('p', { className: 'beginning-mark', ariaHidden: 'true' }, empty ? '👋' : '•'),
+        empty && element('p', { className: 'beginning-mark', ariaHidden: 'true' }, '👋'),
         element('h2', {}, ...(empty ? ['Nobody has said anything in ', where, ' yet'] : ['This is where ', where, ' begins'])),
         empty && element('p', {}, 'Say hello, and whoever comes later will find it here.'),
       );
