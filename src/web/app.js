@@ -51,7 +51,8 @@ function setMode(toRegister) {
 
 /** What can be said without asking the server. */
 function loginProblem(name, password) {
-  if (!name || !password) return ['name', 'password'].filter((id) => !$(id).value).map((id) => [id, `Enter your ${id}.`])[0];
+  if (!name) return ['name', 'Enter your name.'];
+  if (!password) return ['password', 'Enter your password.'];
   if (!registering) return undefined;
   if (!/^[A-Za-z0-9]{3,32}$/.test(name)) return ['name', 'A name has 3 to 32 letters and digits: a–z, A–Z, 0–9.'];
   if (password.length < 6) return ['password', 'A password has 6 characters or more.'];
@@ -179,6 +180,8 @@ class Chat {
     on(window, 'pageshow', () => this.session.socket.check());
     on(window, 'storage', ({ key, newValue }) => {
       if (key === 'banter.theme') setTheme(newValue ?? 'auto');
+      // Logged out in another tab: that was meant for this one, too.
+      if (key === 'banter.login' && !storedLogin()) this.end();
     });
     if (windows) {
       on(windows, 'message', ({ data }) => {
@@ -292,7 +295,6 @@ class Chat {
       this.draw();
       return;
     }
-    const first = !channel.joined && channel.items.length === 0;
     channel.joined = true;
     channel.error = undefined;
     channel.setPeople(people);
@@ -305,7 +307,7 @@ class Chat {
       channel.complete = messages.length === 0 || messages[0].id === 1;
       channel.unread = Math.max(0, last - channel.read);
       if (channel === this.open) {
-        this.timeline.show(channel, { unreadFrom: first && channel.unread > 0 ? channel.read + 1 : undefined });
+        this.timeline.show(channel, { unreadFrom: channel.unread > 0 ? channel.read + 1 : undefined });
       }
     } else {
       for (const message of messages) this.message({ channel: key, message });
@@ -328,7 +330,8 @@ class Chat {
       this.readAll();
       this.drawTyping();
     }
-    const trimmed = channel.trim();
+    // Not under the eyes of somebody who reads what is old.
+    const trimmed = channel !== this.open || this.timeline.stuck ? channel.trim() : 0;
     if (trimmed > 0 && channel === this.open) this.timeline.trimmed(trimmed);
     this.draw();
   }
@@ -691,6 +694,10 @@ class Chat {
     for (const entry of [...this.session.outbox]) this.session.discard(entry);
     $('settings-dialog').close();
     forgetLogin();
+    this.end();
+  }
+
+  end() {
     this.destroy();
     chat = undefined;
     history.replaceState(null, '', location.pathname);

@@ -3,7 +3,7 @@
 import { $, element, fill } from './dom.js';
 import { EMOJI, EMOJI_BY_NAME } from './emoji.js';
 
-/** Lines that the box grows to, as CSS says too. */
+/** The share of the window that the box grows to, as CSS says too. */
 const GROWN = 0.4;
 /** Emoji of a row in the picker. */
 const COLUMNS = 8;
@@ -32,8 +32,8 @@ export class Composer {
 
   /** Shows a channel's draft. */
   show(key, name) {
-    if (this.key_) this.drafts.set(this.key_, this.box.value);
-    this.key_ = key;
+    if (this.channel !== undefined) this.drafts.set(this.channel, this.box.value);
+    this.channel = key;
     this.box.value = this.drafts.get(key) ?? '';
     this.box.placeholder = `Message ${name}`;
     this.picker.close();

@@ -249,7 +249,8 @@ export class Session {
       this.settleOwn(messages);
       this.progress(place, answer.last);
       place.joined = true;
-      if (this.status === 'away') this.tellStatus(key);
+      const known = answer.onlineUsers?.find(({ username }) => username === this.name)?.status;
+      if (known !== this.status) this.tellStatus(key);
       this.sendPosts(key);
     } catch (error) {
       // The connection broke: the next login joins again.

@@ -68,6 +68,9 @@ function draw(link, channel, open) {
 /** Draws who is in a channel. */
 export function drawPeople(channel, me) {
   const people = [...(channel?.people ?? [])].sort(([a, s], [b, t]) => (s === t ? a.localeCompare(b) : s === 'away' ? 1 : -1));
+  const state = JSON.stringify([me, people.length, people.slice(0, PEOPLE_MAX)]);
+  if ($('people').dataset.state === state) return;
+  $('people').dataset.state = state;
   $('people-title').textContent = people.length ? `Here now – ${people.length}` : 'Here now';
   fill(
     $('people'),

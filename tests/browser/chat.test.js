@@ -221,5 +221,19 @@ suite('the page', {}, (scenario, banter) => {
     await kim.online();
     await kim.sees('from the second');
     await second.locator('#chat[data-connection="elsewhere"]').waitFor();
+    // Logging out is meant for all of them.
+    await kim.$('#me').click();
+    await kim.$('#log-out').click();
+    await second.locator('#welcome').waitFor();
+  });
+
+  scenario('what was begun in one channel waits there', async ({ person }) => {
+    const lea = await person('lea');
+    await lea.register();
+    await lea.$('#message').fill('half a thought');
+    await lea.open('Random');
+    assert.strictEqual(await lea.$('#message').inputValue(), '');
+    await lea.open('General');
+    assert.strictEqual(await lea.$('#message').inputValue(), 'half a thought');
   });
 });

@@ -2,6 +2,7 @@
 // Connections that break, workers and servers that die: the page says so, loses nothing, sends once.
 
 const assert = require('node:assert');
+const fs = require('node:fs');
 const { suite } = require('./lib/browser.js');
 const { sign } = require('../clients/lib/jwt.js');
 const { SECRET } = require('../clients/lib/banter.js');
@@ -139,6 +140,36 @@ suite('when things break', { env: { BANTER_GRACE: '5' } }, (scenario, banter) =>
       return [...ids].sort((a, b) => a - b);
     });
     assert.deepStrictEqual(seen, Array.from({ length: 261 }, (_, i) => i + 1));
+  });
+
+  scenario('a server that was put back to an older state: what it has is shown, and one goes on from there', async ({ person }) => {
+    const ira = await person('ira');
+    ira.expected.push(...AWAY);
+    await ira.register();
+    const key = banter().key();
+    await ira.visit(`#/c/${key}`);
+    await ira.online();
+    const copy = `${banter().stateDir}.copy`;
+    const restart = async (before) => {
+      await banter().terminate();
+      before();
+      banter().addresses = undefined;
+      await banter().start();
+      await ira.online();
+    };
+    await talk(ira, 0, 2);
+    await agree(key, [ira], 2);
+    await restart(() => fs.cpSync(banter().stateDir, copy, { recursive: true }));
+    await ira.say('lost 1');
+    await ira.say('lost 2');
+    await ira.sees('lost 2');
+    await restart(() => {
+      fs.rmSync(banter().stateDir, { recursive: true });
+      fs.renameSync(copy, banter().stateDir);
+    });
+    await ira.until(() => document.querySelectorAll('#messages > .message').length === 2);
+    await talk(ira, 2, 4);
+    await agree(key, [ira], 4);
   });
 
   scenario('a server that is too busy or refuses a message: it is tried again, or given back with the reason', async ({ person }) => {

@@ -116,4 +116,26 @@ suite('history', {}, (scenario, banter) => {
     });
     assert.deepStrictEqual(down, { holes: [], last: MESSAGES + 1 });
   });
+
+  scenario('a deleted message leaves its place, and nothing else of it', async ({ person, world }) => {
+    const [gus, node] = [await person('gus'), await world.person('node')];
+    const key = banter().key();
+    await node.join(key);
+    for (let i = 1; i <= 40; i++) await node.post(key, `message ${i}`);
+    // No client can delete yet; the way in which it is told is laid down.
+    await gus.page.route('**/messages?**', async (route) => {
+      const response = await route.fetch();
+      const { messages } = await response.json();
+      const json = messages.map((message) => (JSON.parse(message).id === 5 ? '{"id":5,"deleted":true}' : message));
+      await route.fulfill({ response, json: { messages: json } });
+    });
+    await gus.register();
+    await gus.visit(`#/c/${key}`);
+    await gus.online();
+    await gus.page.evaluate(() => { document.getElementById('timeline').scrollTop = 0; });
+    await gus.$('[data-id="5"]').waitFor();
+    assert.match(await gus.$('[data-id="5"]').innerText(), /This message was deleted/);
+    assert.match(await gus.$('[data-id="6"]').innerText(), new RegExp(`${node.name}[^]*message 6`), 'the next one has its author above it');
+    await gus.$('#beginning').filter({ hasText: 'begins' }).waitFor();
+  });
 });
