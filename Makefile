@@ -11,6 +11,7 @@ CARGO ?= cargo
 CARGO_DENY_VERSION := 0.20.2
 CARGO_DEB_VERSION := 3.8.0
 CLIENTS := tests/clients
+BROWSER := tests/browser
 PEER := benches/chat
 TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
 # What is installed in a folder stays until its lock file says something else.
@@ -27,7 +28,7 @@ BIN := $(TARGET_DIR)/release/banter
 # Root needs no sudo; without a terminal sudo must not ask.
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo -n)
 
-.PHONY: help run build install deb test test-unit test-clients test-redis test-systemd bench fmt lint advisories install-node install-test-deps install-bench-deps
+.PHONY: help run build install deb test test-unit test-clients test-redis test-systemd test-browser bench fmt lint advisories install-node install-test-deps install-browser-deps install-bench-deps
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 20
@@ -38,7 +39,7 @@ run: ## Build and run a server on port 8000 (make run ARGS="--port 9000 --worker
 build: ## Build the binary that the client tests run
 	@$(CARGO) build --locked
 
-test: test-unit test-clients test-redis test-systemd ## Run all tests
+test: test-unit test-clients test-redis test-systemd test-browser ## Run all tests
 
 test-unit: install-redis-server ## Run the tests of the crate
 	@log=$$(mktemp)
@@ -65,6 +66,10 @@ test-systemd: install-test-deps install-systemd-container install-cargo-deb buil
 	# cargo, which makes the package, finds its toolchain by HOME.
 	$(SUDO) env "PATH=$$PATH" "HOME=$$HOME" BANTER_BIN="$$BANTER_BIN" node tests/systemd/run.js $(FILES)
 
+test-browser: install-test-deps install-browser-deps build ## Use the chat page in a real browser; pictures of it are left in target/browser
+	@export BANTER_BIN="$${BANTER_BIN:-$(abspath $(TARGET_DIR))/debug/banter}"
+	node $(CLIENTS)/run.js $(or $(FILES),$(wildcard $(BROWSER)/*.test.js))
+
 install-node: ## Install Node.js where it is missing
 	@if ! { command -v node && command -v npm; } >/dev/null; then
 		$(MAKE) apt-install PACKAGES="nodejs npm"
@@ -73,6 +78,14 @@ install-node: ## Install Node.js where it is missing
 
 install-test-deps: install-node install-redis-server install-proxies ## Install what the tests need, where it is missing
 	@$(call npm-ci,$(CLIENTS))
+
+# Without a font for emoji the pictures show boxes.
+install-browser-deps: install-node ## Install a browser, and what drives it, where they are missing
+	@missing=
+	[ -x "$${CHROMIUM:-/usr/bin/chromium}" ] || missing="chromium"
+	[ -e /usr/share/fonts/truetype/noto/NotoColorEmoji.ttf ] || missing="$$missing fonts-noto-color-emoji"
+	[ -z "$$missing" ] || $(MAKE) apt-install PACKAGES="$$missing"
+	$(call npm-ci,$(BROWSER))
 
 install-bench-deps: install-node ## Install the benchmark's peer
 	@$(call npm-ci,$(PEER))
