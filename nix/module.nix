@@ -35,7 +35,7 @@ let
   redisByTcp =
     !cfg.redis.createLocally
     && (cfg.redis.urlFile != null || (redisUrl != null && lib.hasInfix "://" redisUrl));
-  # A switch reloads for these, and restarts for those.
+  # A change of these is a reload, of those a restart.
   live = lib.filterAttrs (_: setting: setting.reload) plain;
   fixed = lib.filterAttrs (_: setting: !setting.reload) plain;
 
@@ -51,9 +51,15 @@ let
   liveLines = linesOf live;
   fixedLines = linesOf fixed + line "REDIS_URL" redisUrl;
 
-  workers = lib.range 0 (cfg.workers - 1);
+  workers = map (number: "banter-worker@${toString number}") (lib.range 0 (cfg.workers - 1));
   # systemd expands %.
   literal = lib.replaceStrings [ "%" ] [ "%%" ];
+  whatRestarts =
+    name:
+    let
+      unit = config.systemd.services.${name};
+    in
+    builtins.toJSON { inherit (unit) after environment serviceConfig; };
   redisUnit = lib.optional cfg.redis.createLocally "redis-banter.service";
 
   # Of master and workers.
@@ -63,12 +69,12 @@ let
     # no other program.
     path = lib.mkForce [ ];
     # By default a switch stops a changed service together with its sockets, and starts only these:
-    # clients would be refused meanwhile. This way it is one restart, and the sockets stay open.
-    stopIfChanged = false;
+    # clients would be refused meanwhile. With `stopIfChanged = false` it would restart all of them at
+    # once, and nobody would be there to serve. banter-rollout does it one after the other.
+    restartIfChanged = false;
     # `requires` would stop Banter whenever Redis restarts.
     after = redisUnit;
     wants = redisUnit;
-    restartTriggers = [ fixedLines ];
     serviceConfig = lib.mkMerge [
       (mkIf (cfg.redis.urlFile != null) { EnvironmentFile = [ (literal cfg.redis.urlFile) ]; })
       (mkIf redisByTcp {
@@ -113,8 +119,8 @@ in
         "[::1]:8000"
       ];
       description = ''
-        Where it listens, in the form of systemd's `ListenStream=`. NixOS does not apply a change of a
-        socket when it switches: `systemctl restart banter.socket banter.service` does.
+        Where it listens, in the form of systemd's `ListenStream=`. A switch that changes it closes the
+        old sockets; who is connected stays so.
       '';
     };
 
@@ -280,10 +286,34 @@ in
         { reloadTriggers = [ liveLines ]; }
       ];
 
+      # Does nothing, until a switch reloads it because something changed that takes a restart.
+      banter-rollout = {
+        description = "Banter chat server, restart of one process after the other";
+        wantedBy = [
+          "multi-user.target"
+          "banter.target"
+        ];
+        partOf = [ "banter.target" ];
+        path = lib.mkForce [ ];
+        reloadTriggers = [
+          "${cfg.package}"
+          fixedLines
+        ]
+        ++ cfg.listenStreams
+        # Not their number: a switch starts and stops instances by itself.
+        ++ lib.unique (map whatRestarts ([ "banter" ] ++ workers));
+        serviceConfig = {
+          Type = "oneshot";
+          RemainAfterExit = true;
+          RuntimeDirectory = "banter-rollout";
+          ExecStart = "/bin/sh ${./rollout.sh} start";
+          ExecReload = "/bin/sh ${./rollout.sh} reload";
+        };
+      };
     }
     # On each instance, not on the template: NixOS calls every drop-in overrides.conf, and systemd reads
     # only one of that name, the instance's.
-    // lib.genAttrs (map (number: "banter-worker@${toString number}") workers) (
+    // lib.genAttrs workers (
       _:
       lib.mkMerge [
         service

@@ -4,17 +4,20 @@
     client.py chat N M        two people, on workers N and M, talk to each other
     client.py limited         fails to log in until told to slow down
     client.py knock FILE      connects again and again until SIGTERM; then writes outcomes into FILE
+
+BANTER_PORT is the port, 8000 by default.
 """
 
 import itertools
 import json
+import os
 import secrets
 import signal
 import sys
 import time
 from http.client import HTTPConnection, HTTPException
 
-HOST, PORT = "127.0.0.1", 8000
+HOST, PORT = "127.0.0.1", int(os.environ.get("BANTER_PORT", "8000"))
 # Seconds until something that must happen has happened.
 DEADLINE = 60
 # Engine.IO's packets of one answer stand between these.

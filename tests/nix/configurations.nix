@@ -64,7 +64,7 @@ in
       createLocally = false;
       urlFile = "/run/keys/banter-redis";
       addresses = [
-        "192.0.2.10"
+        "127.0.0.1"
         "2001:db8::/32"
       ];
       prefix = "chat";

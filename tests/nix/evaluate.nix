@@ -45,6 +45,21 @@ let
   conf = name: etc name "banter/banter.conf";
   has = lib.flip lib.hasInfix;
 
+  changed =
+    from: to:
+    lib.attrNames (lib.filterAttrs (file: text: text != rendered.${from}.files.${file} or "") rendered.${to}.files);
+  # The keys of a unit's lines that differ.
+  keysChanged =
+    from: to: file:
+    let
+      lines = name: lib.splitString "\n" rendered.${name}.files.${file};
+    in
+    lib.unique (
+      map (line: lib.head (lib.splitString "=" line)) (
+        lib.subtractLists (lines from) (lines to) ++ lib.subtractLists (lines to) (lines from)
+      )
+    );
+
   # Every option, from its declaration.
   options = lib.collect lib.isOption (builtins.removeAttrs (evaluate [ ]).options.services.banter [ "_module" ]);
 
@@ -88,12 +103,14 @@ let
     "good configurations have no complaints" = lib.all (one: complaints one.config == [ ]) (
       lib.attrValues configurations
     );
-    "every instance is a drop-in" = lib.all (one: one.whole == [ ]) (lib.attrValues rendered);
+    "all but the rollout are drop-ins, the instances too" = lib.all (
+      one: one.whole == [ "banter-rollout.service" ]
+    ) (lib.attrValues rendered);
     "the template has no drop-in, which those of its instances would hide" = lib.all (
       one: !(one.files ? "systemd/system/banter-worker@.service.d/overrides.conf")
     ) (lib.attrValues rendered);
     "no unit has a PATH, which would restart it with every new coreutils" = lib.all (
-      one: lib.all (text: !(has text "PATH=")) (lib.attrValues one.files)
+      one: lib.all (text: !(has text "Environment=\"PATH=")) (lib.attrValues one.files)
     ) (lib.attrValues rendered);
 
     "changing the number of workers changes no unit that stays" =
@@ -101,29 +118,22 @@ let
         "systemd/system/banter-worker@2.service.d/overrides.conf"
         "systemd/system/banter-worker@3.service.d/overrides.conf"
       ] == rendered.two.files;
-    "a limit is reloaded by the master only" =
-      let
-        changed = lib.filterAttrs (name: text: text != rendered.two.files.${name}) rendered.limited.files;
-      in
-      lib.attrNames changed == [
+    "a limit reloads the master, and nothing else changes" =
+      changed "two" "limited" == [
         "banter/banter.conf"
         "systemd/system/banter.service.d/overrides.conf"
       ]
-      &&
-        lib.filter (line: !(lib.hasPrefix "X-Reload-Triggers" line)) (
-          lib.splitString "\n" (unit "limited" "banter.service")
-        ) == lib.filter (line: !(lib.hasPrefix "X-Reload-Triggers" line)) (
-          lib.splitString "\n" (unit "two" "banter.service")
-        );
-    "another place of the data restarts" =
-      let
-        trigger =
-          name: of: lib.filter (lib.hasPrefix "X-Restart-Triggers") (lib.splitString "\n" (unit name of));
-      in
-      lib.all (of: trigger "two" of != trigger "embedded" of && lib.length (trigger "two" of) == 1) [
-        "banter.service"
-        "banter-worker@0.service"
-      ];
+      && keysChanged "two" "limited" "systemd/system/banter.service.d/overrides.conf" == [ "X-Reload-Triggers" ];
+    "what takes a restart reloads the rollout" = lib.all (
+      to:
+      keysChanged "two" to "systemd/system/banter-rollout.service" == [ "X-Reload-Triggers" ]
+    ) [ "embedded" "traced" "remote-redis" ];
+    "no service is restarted by the switch itself" = lib.all (
+      one:
+      lib.all (file: has one.files.${file} "\nX-RestartIfChanged=false\n") (
+        lib.filter (lib.hasSuffix ".service.d/overrides.conf") (lib.attrNames one.files)
+      )
+    ) (lib.attrValues rendered);
 
     "a local Redis is used by its socket" = has (conf "minimal") "\nREDIS_URL=unix:/run/redis-banter/redis.sock\n";
     "a local Redis syncs what it acknowledges" =

@@ -45,6 +45,8 @@ let
     wantedBy = option (listOf str) [ ];
     after = option (listOf str) [ ];
     wants = option (listOf str) [ ];
+    partOf = option (listOf str) [ ];
+    description = option str "";
     overrideStrategy = option (enum [
       "asDropinIfExists"
       "asDropin"
@@ -77,8 +79,7 @@ in
           environment = option (attrsOf str) { };
           path = option (listOf unspecified) [ ];
           serviceConfig = option (attrsOf unitValue) { };
-          stopIfChanged = option bool true;
-          restartTriggers = option (listOf str) [ ];
+          restartIfChanged = option bool true;
           reloadTriggers = option (listOf str) [ ];
         };
         # As in NixOS: without an override there is a PATH in every unit.

@@ -21,15 +21,14 @@ let
   dependencies =
     unit:
     lib.optionalAttrs (unit.after != [ ]) { After = toString unit.after; }
-    // lib.optionalAttrs (unit.wants != [ ]) { Wants = toString unit.wants; };
+    // lib.optionalAttrs (unit.wants != [ ]) { Wants = toString unit.wants; }
+    // lib.optionalAttrs (unit.partOf != [ ]) { PartOf = toString unit.partOf; }
+    // lib.optionalAttrs (unit.description != "") { Description = unit.description; };
 
   service =
     unit:
     section "Unit" (
       dependencies unit
-      // lib.optionalAttrs (unit.restartTriggers != [ ]) {
-        X-Restart-Triggers = trigger unit.restartTriggers;
-      }
       // lib.optionalAttrs (unit.reloadTriggers != [ ]) { X-Reload-Triggers = trigger unit.reloadTriggers; }
     )
     + "\n[Service]\n"
@@ -38,7 +37,7 @@ let
         lib.optionalAttrs (unit.path != [ ]) { PATH = lib.concatStringsSep ":" unit.path; } // unit.environment
       )
     )
-    + lib.optionalString (!unit.stopIfChanged) "X-StopIfChanged=false\n"
+    + lib.optionalString (!unit.restartIfChanged) "X-RestartIfChanged=false\n"
     + lib.removePrefix "[Service]\n" (section "Service" unit.serviceConfig);
 
   socket =
@@ -67,11 +66,15 @@ let
       }
     ) systemd."${kind}s"
   ) kinds;
+
+  packaged = builtins.readDir ../../systemd;
+  isDropIn = name: unit: unit.overrideStrategy == "asDropin" || packaged ? ${name};
 in
 {
   files =
     lib.mapAttrs' (
-      name: unit: lib.nameValuePair "systemd/system/${name}.d/overrides.conf" unit.text
+      name: unit:
+      lib.nameValuePair "systemd/system/${name}${lib.optionalString (isDropIn name unit) ".d/overrides.conf"}" unit.text
     ) units
     // lib.mapAttrs' (name: file: lib.nameValuePair name file.text) config.environment.etc
     // {
@@ -87,10 +90,6 @@ in
     )
   );
 
-  # An instance must say so itself: there is no packaged unit of its name.
-  whole = lib.attrNames (
-    lib.filterAttrs (
-      name: unit: lib.hasInfix "@" name && !lib.hasInfix "@." name && unit.overrideStrategy != "asDropin"
-    ) units
-  );
+  # Units that are not a drop-in of a packaged one.
+  whole = lib.attrNames (lib.filterAttrs (name: unit: !isDropIn name unit) units);
 }

@@ -15,7 +15,7 @@ import sys
 NOW = pathlib.Path("/etc")
 UNITS = "systemd/system"
 # A change of these keys of [Unit] is no reason to restart.
-IGNORED = {"X-Reload-Triggers", "Description", "Documentation", "OnFailure", "RefuseManualStart", "StopWhenUnneeded"}
+IGNORED = {"Description", "Documentation", "OnFailure", "RefuseManualStart", "StopWhenUnneeded"}
 
 
 def systemctl(verb, units):
@@ -79,7 +79,11 @@ def plan(new):
         elif unit.endswith(".service"):
             old_values, new_values = read(NOW, unit, base), read(new, unit, base)
             changed = {key for key in old_values | new_values if old_values.get(key) != new_values.get(key)}
-            if any(section != "Unit" or key not in IGNORED for section, key in changed):
+            changed -= {("Unit", key) for key in IGNORED}
+            if changed <= {("Unit", "X-Reload-Triggers"), ("Service", "ExecReload")}:
+                if changed:
+                    todo["reload"].add(unit)
+            elif flag(new_values, "X-RestartIfChanged", True):
                 if not flag(new_values, "X-StopIfChanged", True):
                     todo["restart"].add(unit)
                     continue
@@ -88,8 +92,6 @@ def plan(new):
                 known = [socket for socket in sockets if (new / UNITS / socket).exists()]
                 todo["stop"].update(known)
                 todo["start"].update(known or [unit])
-            elif ("Unit", "X-Reload-Triggers") in changed:
-                todo["reload"].add(unit)
     return todo
 
 
