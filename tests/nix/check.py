@@ -94,10 +94,27 @@ def verify(name, text, package, etc):
         sys.exit(f"nix-check: systemd-analyze verify, {name}:\n{output}{errors}")
 
 
+def check_lock(scratch):
+    """Nix itself must find the flake well formed, and its lock file complete."""
+    git = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
+    if git.returncode != 0:
+        print("nix-check: NOT A GIT CHECKOUT: flake.lock was not checked")
+        return
+    run(
+        "nix", "--extra-experimental-features", "nix-command flakes", "--store", scratch / "store",
+        "flake", "metadata", "--offline", "--no-update-lock-file", "--json", f"git+file://{ROOT}",
+        env={**os.environ, "HOME": str(scratch), "XDG_CACHE_HOME": str(scratch / "cache")},
+    )
+    print("nix-check: flake.lock is complete")
+
+
 def main():
     for file in FILES:
         nix("--parse", file)
     print(f"nix-check: {len(FILES)} files parsed")
+
+    with tempfile.TemporaryDirectory(prefix="banter-nix-") as scratch:
+        check_lock(pathlib.Path(scratch))
 
     given = os.environ.get("NIXPKGS_LIB")
     if not given:
