@@ -69,6 +69,13 @@ let
         config = (evaluate [ ]).config;
       in
       config.systemd.services == { } && config.environment.etc == { } && config.users.users == { };
+    "every setting has the option that settings.nix names" =
+      let
+        declared = (evaluate [ ]).options.services.banter;
+      in
+      lib.all (setting: lib.isOption (lib.attrByPath (lib.splitString "." setting.option) null declared)) (
+        lib.attrValues (import ../../nix/settings.nix { inherit lib; })
+      );
     "every option has a description" = lib.all (option: option ? description && option.description != "") options;
     "no secret: told how to make one" = says { enable = true; } "head -c 32 /dev/urandom";
     "a secret in the store is refused" = refuses (good // { jwtSecretFile = "${builtins.storeDir}/x/jwt"; });
