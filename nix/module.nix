@@ -356,6 +356,7 @@ in
 
     services.banter.trustedProxies = mkIf cfg.nginx.enable [ "127.0.0.1" ];
 
+    # As docs/proxies/nginx.conf, which is tested.
     services.nginx = mkIf cfg.nginx.enable {
       enable = true;
       virtualHosts.${cfg.nginx.hostName}.locations."/" = {
@@ -368,6 +369,7 @@ in
         extraConfig = ''
           proxy_set_header Host $host;
           proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;
+          # Answers go out as they come.
           proxy_buffering off;
           # Longer than the heartbeat's interval and timeout.
           proxy_read_timeout ${toString (cfg.limits.pingInterval + cfg.limits.pingTimeout + 50)}s;

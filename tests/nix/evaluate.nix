@@ -161,6 +161,26 @@ let
     "% is itself" =
       has (unit "remote-redis" "banter-worker@0.service") "\nLoadCredential=jwt-secret:/run/keys/100%%/jwt\n"
       && has (unit "remote-redis" "banter.service") ''Environment="SOME=100%% of it"'';
+    "nginx has the directives of docs/proxies/nginx.conf" =
+      let
+        location = configurations.behind-nginx.config.services.nginx.virtualHosts."chat.example.org".locations."/";
+        directives =
+          text: lib.filter (line: line != "" && !(lib.hasPrefix "#" line)) (map lib.trim (lib.splitString "\n" text));
+        documented = directives (
+          lib.head (lib.splitString "}" (lib.last (lib.splitString "location / {" (builtins.readFile ../../docs/proxies/nginx.conf))))
+        );
+        # NixOS writes these for proxyPass and proxyWebsockets.
+        ofNixos = [
+          "proxy_pass http://127.0.0.1:8000;"
+          "proxy_http_version 1.1;"
+          "proxy_set_header Upgrade $http_upgrade;"
+          "proxy_set_header Connection $banter_connection;"
+        ];
+      in
+      location.proxyPass == "http://127.0.0.1:8000"
+      && location.proxyWebsockets
+      && !location.recommendedProxySettings
+      && lib.subtractLists ofNixos documented == directives location.extraConfig;
     "nginx is believed, and alone reaches Banter" =
       has (conf "behind-nginx") "\nBANTER_TRUST_PROXY=10.0.0.0/8,127.0.0.1\n"
       && has (unit "behind-nginx" "banter.socket") "ListenStream=\nListenStream=127.0.0.1:8000\n";

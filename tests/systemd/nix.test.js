@@ -15,7 +15,7 @@ const ROOT = path.resolve(__dirname, '../..');
 const NIX = path.join(ROOT, 'tests/nix');
 const RENDERED = path.join(NIX, 'rendered');
 const SCRIPT = path.join(ROOT, 'nix/vm-test/script.py');
-const PYTHON = '/usr/bin/python3';
+const PYTHON = 'python3';
 const PACKAGED = '/usr/lib/systemd/system';
 /** Complete configurations, each with the files of its /etc. */
 const CONFIGURATIONS = '/srv/configurations';
@@ -170,5 +170,7 @@ scenario('a worker that does not come up again stops the rollout, and the others
   await client(8000, 'serving', '1');
   assert.strictEqual(await mainPid('banter-worker@1.service'), old);
   fs.writeFileSync('/var/lib/secrets/banter-jwt', secret);
+  await systemctl('reload', 'banter-rollout.service');
   await client(8000, 'serving', '0', '1');
+  assert.notStrictEqual(await mainPid('banter-worker@1.service'), old);
 });
