@@ -28,7 +28,7 @@ BIN := $(TARGET_DIR)/release/banter
 # Root needs no sudo; without a terminal sudo must not ask.
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo -n)
 
-.PHONY: help run build install deb test test-unit test-clients test-redis test-systemd test-browser bench fmt lint advisories install-node install-test-deps install-browser-deps install-bench-deps
+.PHONY: help run build install deb test test-unit test-clients test-redis test-systemd test-browser nix-check bench fmt lint advisories install-node install-test-deps install-browser-deps install-bench-deps
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 20
@@ -61,7 +61,7 @@ test-redis: install-test-deps build ## Run them with Redis as the store, which m
 		BANTER_TEST_WORKERS=$$workers node $(CLIENTS)/run.js $(CLIENTS)/chat.test.js $(CLIENTS)/order.test.js
 	done
 
-test-systemd: install-test-deps install-systemd-container install-cargo-deb build ## Run the units under a real systemd, on machines of their own (root)
+test-systemd: install-test-deps install-systemd-container install-cargo-deb install-python build ## Run the units under a real systemd, on machines of their own (root)
 	@export BANTER_BIN="$${BANTER_BIN:-$(abspath $(TARGET_DIR))/debug/banter}"
 	# cargo, which makes the package, finds its toolchain by HOME.
 	$(SUDO) env "PATH=$$PATH" "HOME=$$HOME" BANTER_BIN="$$BANTER_BIN" node tests/systemd/run.js $(FILES)
@@ -69,6 +69,10 @@ test-systemd: install-test-deps install-systemd-container install-cargo-deb buil
 test-browser: install-test-deps install-browser-deps build ## Use the chat page in a real browser; pictures of it are left in target/browser
 	@export BANTER_BIN="$${BANTER_BIN:-$(abspath $(TARGET_DIR))/debug/banter}"
 	node $(CLIENTS)/run.js $(or $(FILES),$(wildcard $(BROWSER)/*.test.js))
+
+nix-check: install-nix ## Check what there is for Nix; NIXPKGS_LIB=/path/of/a/nixpkgs evaluates it too
+	@command -v python3 >/dev/null || $(MAKE) install-python
+	NIXPKGS_LIB="$(NIXPKGS_LIB)" python3 -B tests/nix/check.py
 
 install-node: ## Install Node.js where it is missing
 	@if ! { command -v node && command -v npm; } >/dev/null; then
@@ -115,7 +119,7 @@ deb: install-cargo-deb ## Build a Debian package, in target/debian
 $(TARGET_DIR)/release/banter:
 	@$(CARGO) build --release --locked
 
-.PHONY: install-redis-server install-systemd-container install-cargo-deb install-proxies apt-install
+.PHONY: install-redis-server install-systemd-container install-cargo-deb install-python install-nix install-proxies apt-install
 # Unoptimised, and without what is not needed, it builds in half a minute; the work is xz's and strip's.
 install-cargo-deb:
 	@command -v dpkg-shlibdeps >/dev/null || $(MAKE) apt-install PACKAGES=dpkg-dev
@@ -126,6 +130,13 @@ install-cargo-deb:
 
 install-systemd-container:
 	@command -v systemd-nspawn >/dev/null || $(MAKE) apt-install PACKAGES=systemd-container
+
+# The machines of the tests have only the system's own.
+install-python:
+	@PATH=/usr/local/bin:/usr/bin:/bin command -v python3 >/dev/null || $(MAKE) apt-install PACKAGES=python3
+
+install-nix:
+	@command -v nix-instantiate >/dev/null || $(MAKE) apt-install PACKAGES=nix-bin
 
 install-redis-server:
 	@command -v redis-server >/dev/null || $(MAKE) apt-install PACKAGES=redis-server
