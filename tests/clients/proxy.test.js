@@ -375,6 +375,22 @@ suite('connections of a trusted proxy', TRUST, (scenario, banter) => {
     for (const connection of closing) await connection.end(SILENCE - 1_000);
   });
 
+  scenario('a master that stops hands over those that it looks at', async () => {
+    const before = descriptors(banter().masterPid());
+    const looked = await open(50);
+    await until('the master has accepted them', () => descriptors(banter().masterPid()) >= before + looked.length);
+    const stopped = banter().masterPid();
+    process.kill(stopped, 'SIGTERM');
+    await until('it has ended', () => banter().roles().master !== stopped);
+    for (const connection of looked) {
+      // Well or not, for want of a master: a worker answers.
+      const { status } = await connection.write(ask()).answer();
+      assert.ok([200, 503].includes(status), `${status}`);
+      connection.destroy();
+    }
+    await until('another master serves', async () => (await say(banter(), PROXY, v2(unused()), ask())).status === 200);
+  });
+
   scenario('the master may be killed while it looks at them', async () => {
     const client = await banter().addressOfWorker(1);
     const before = descriptors(banter().masterPid());
@@ -442,7 +458,7 @@ for (const name of ['nginx', 'haproxy', 'caddy']) {
     const behind = (title, body, options) => scenario(title, async () => {
       const proxy = await startProxy(name, banter().port);
       // The same server by another way.
-      const way = Object.assign(Object.create(banter()), { port: proxy.port, url: `http://127.0.0.1:${proxy.port}` });
+      const way = Object.assign(Object.create(banter()), { port: proxy.port });
       const world = new World(way);
       try {
         const clients = [await banter().addressOfWorker(0), await banter().addressOfWorker(1)];
