@@ -87,13 +87,11 @@ suite('the cage', { redis: true }, (scenario) => {
       return codes;
     };
     assert.deepStrictEqual(await attempt(0), [401, 401, 401, 401]);
-    banter.configure({ BANTER_AUTH_RATE: 2, RUST_LOG: 'debug' });
+    banter.configure({ BANTER_AUTH_RATE: 2 });
     await systemctl('reload', 'banter.service');
     for (const worker of [0, 1]) {
       await until(`worker ${worker} has the new limit`, async () => (await attempt(worker)).includes(429));
     }
-    await until('the master logs more', async () => (await journal('_SYSTEMD_UNIT=banter.service', 'PRIORITY=7')).length > 0);
-
     const workersFor = async () => {
       const workers = new Set();
       for (let host = 1; host <= 40; host++) {
@@ -103,9 +101,10 @@ suite('the cage', { redis: true }, (scenario) => {
       return workers.size;
     };
     assert.strictEqual(await workersFor(), 1, 'nobody is believed yet');
-    banter.configure({ BANTER_AUTH_RATE: 2, BANTER_TRUST_PROXY: '127.0.0.1' });
+    banter.configure({ BANTER_AUTH_RATE: 2, BANTER_TRUST_PROXY: '127.0.0.1', RUST_LOG: 'debug' });
     await systemctl('reload', 'banter.service');
     await until('a proxy is believed', async () => await workersFor() === 2);
+    await until('the master logs more', async () => (await journal('_SYSTEMD_UNIT=banter.service', 'PRIORITY=7')).length > 0);
 
     fs.writeFileSync(SETTINGS_FILE, 'BANTER_AUTH_RATE=many\n');
     await systemctl('reload', 'banter.service');
