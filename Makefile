@@ -12,6 +12,8 @@ CARGO_DENY_VERSION := 0.20.2
 CARGO_DEB_VERSION := 3.8.0
 CLIENTS := tests/clients
 BROWSER := tests/browser
+# The tests that leave the number of workers open: all but those in which processes die.
+ANY_WORKERS = $(filter-out %/cluster.test.js %/faults.test.js,$(wildcard $(CLIENTS)/*.test.js))
 PEER := benches/chat
 TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
 # What is installed in a folder stays until its lock file says something else.
@@ -57,9 +59,15 @@ test-redis: install-test-deps build ## Run them with Redis as the store, which m
 	@export BANTER_BIN="$${BANTER_BIN:-$(abspath $(TARGET_DIR))/debug/banter}" BANTER_TEST_STORE=redis
 	BANTER_TEST_WORKERS=2 node $(CLIENTS)/run.js $(FILES)
 	[ -z "$(FILES)" ] || exit 0
-	for workers in 1 4; do
-		BANTER_TEST_WORKERS=$$workers node $(CLIENTS)/run.js $(CLIENTS)/chat.test.js $(CLIENTS)/order.test.js
-	done
+	# Beside each other: for the most part they wait.
+	log=$$(mktemp) four= failed=
+	trap 'kill $$four 2>/dev/null || true; rm -f "$$log"' EXIT
+	BANTER_TEST_WORKERS=4 node $(CLIENTS)/run.js $(ANY_WORKERS) >"$$log" 2>&1 & four=$$!
+	BANTER_TEST_WORKERS=1 node $(CLIENTS)/run.js $(ANY_WORKERS) || failed=1
+	wait $$four || failed=1
+	echo "on four workers:"
+	cat "$$log"
+	[ -z "$$failed" ]
 
 test-systemd: install-test-deps install-systemd-container install-cargo-deb install-python build ## Run the units under a real systemd, on machines of their own (root)
 	@export BANTER_BIN="$${BANTER_BIN:-$(abspath $(TARGET_DIR))/debug/banter}"
@@ -94,7 +102,7 @@ install-browser-deps: install-node ## Install a browser, and what drives it, whe
 install-bench-deps: install-node ## Install the benchmark's peer
 	@$(call npm-ci,$(PEER))
 
-bench: install-bench-deps ## Measure the store, and the server beside a peer (three minutes, after the build)
+bench: install-bench-deps install-redis-server ## Measure the store, and the server beside a peer (three minutes, after the build)
 	@$(CARGO) build --release --locked
 	$(CARGO) bench --locked --bench store
 	BANTER_BIN="$(abspath $(TARGET_DIR))/release/banter" node $(PEER)/run.js

@@ -706,6 +706,18 @@ async fn a_restart_leaves_ids_dense_if_everything_was_on_the_disk() {
 }
 
 #[tokio::test]
+async fn a_redis_that_tells_nothing_about_itself_serves_all_the_same() {
+    let server = RedisServer::start(&[]);
+    let rules = "ACL SETUSER ann on >pass ~* &* +@all -info -config";
+    server.command::<()>(&rules.split(' ').collect::<Vec<_>>());
+    let settings = RedisSettings::new(format!("{}?user=ann&pass=pass", server.url()));
+    let store = open(settings, deaf()).await;
+    for id in 1..=2 {
+        assert_eq!(post(&store, "c", &id.to_string()).await.id, id);
+    }
+}
+
+#[tokio::test]
 async fn a_nonce_yields_its_first_id_in_another_life_as_well() {
     let mut server = RedisServer::start(&["--appendfsync", "everysec"]);
     let store = server.open(deaf()).await;
@@ -902,8 +914,13 @@ async fn a_nonce_expires() {
 async fn old_messages_go_if_so_configured_and_positions_stay() {
     let server = RedisServer::start(&[]);
     let store = server.open(deaf()).await;
-    let stores = [Arc::clone(&store)];
-    post_many(&stores, "c", 2500).await;
+    for hundred in 0..25 {
+        let posts = (0..100).map(|n| {
+            let store = &store;
+            async move { post(store, "c", &format!("{hundred}, {n}")).await }
+        });
+        futures_util::future::join_all(posts).await;
+    }
     let retaining = async |max_count: Option<u32>, max_age| {
         let mut settings = server.settings();
         settings.retention = Retention {

@@ -44,6 +44,13 @@ pub(super) async fn inspect(mut connection: MultiplexedConnection, address: Stri
         None => "unknown, Redis does not tell".to_owned(),
     };
     let version = version(&mut connection).await;
+    if version.is_none() {
+        tracing::warn!(
+            address,
+            "Redis does not say who it is: should it lose messages when it restarts, their ids are \
+             given out again; permit INFO"
+        );
+    }
     tracing::info!(
         address,
         version = version.as_deref().unwrap_or("unknown"),

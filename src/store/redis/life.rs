@@ -9,18 +9,19 @@
 //!
 //! The floor is the time, in microseconds since 1970. A fixed step would not do: of two crashes in a
 //! row the second may take all trace of the first, and the same step would lead to the same ids. Time
-//! goes on whatever Redis forgets, and faster than any channel's ids: a Redis takes about a tenth of a
-//! million posts a second. It stays below 2^53, where JavaScript's numbers end, until the year 2255.
+//! goes on whatever Redis forgets, and faster than any channel's ids: a Redis takes about a hundred
+//! thousand posts a second. It stays below 2^53, where JavaScript's numbers end, until the year 2255.
 //!
 //! If everything is on the disk before it is answered (`appendfsync always`), a restart loses nothing,
 //! and ids stay dense. So they do within a life.
 //!
-//! Asking for the life costs a fifth of a post, so it is remembered with each connection, which leads to
-//! one process as long as it lasts: another process needs another connection, and there the life is
-//! asked for anew, also for a post that is tried again. Every post says in which life it believes
-//! Redis to be, and is refused if the data are of another one: they may have been replaced under a
-//! living process. That they were while it was a replica for a while shows in its replication id, which
-//! is looked at again for a post that comes [`TRUSTED`] after the last look.
+//! Asking for the life in every post would cost more than a third of Redis' throughput, so it is
+//! remembered with each connection. A connection leads to one process as long as it lasts; another
+//! process needs another connection, and there the life is asked for anew, also for a post that is
+//! tried again. Every post says in which life it believes Redis to be, and is refused if the data are of
+//! another one: they may have been replaced under a living process. If that happened while it was a
+//! replica for a while, its replication id shows it, which is looked at again for a post that comes
+//! [`TRUSTED`] after the last look.
 
 use std::collections::HashMap;
 use std::sync::Arc;
