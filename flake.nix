@@ -41,7 +41,7 @@
           services.banter.package = lib.mkDefault (own pkgs);
         };
 
-      # What `make test` needs.
+      # The toolchain, and what the tests start.
       devShells = forEach (pkgs: {
         default = pkgs.mkShell {
           packages = [
@@ -54,11 +54,12 @@
             pkgs.nodejs
             pkgs.python3
             pkgs.redis
-            pkgs.chromium
             pkgs.caddy
             pkgs.haproxy
             pkgs.nginx
           ];
+          # Where tests/browser looks.
+          CHROMIUM = lib.getExe pkgs.chromium;
         };
       });
 

@@ -6,7 +6,7 @@
 // The exemption of tests does not reach the helpers that they share.
 #![allow(clippy::unwrap_used)]
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::process::Command;
 
@@ -33,6 +33,8 @@ struct NixOption {
     default: Option<String>,
     /// Whether the module makes it of what is said there, and has no declaration of its own.
     is_plain: bool,
+    /// Whether a change of it is reloaded, and takes no restart.
+    reload: bool,
 }
 
 fn file(path: &str) -> String {
@@ -60,6 +62,7 @@ fn options() -> BTreeMap<String, NixOption> {
             "option" => option.name = value,
             "default" => option.default = Some(value).filter(|value| value != "[ ]"),
             "type" => option.is_plain = true,
+            "reload" => option.reload = value == "true",
             _ => {}
         }
     }
@@ -216,6 +219,14 @@ fn every_setting_has_an_option_of_the_module_or_a_reason_not_to() {
             option.name
         );
     }
+}
+
+#[test]
+fn the_module_reloads_what_can_be_reloaded() {
+    let options = options();
+    let reloaded = options.iter().filter(|(_, option)| option.reload);
+    let reloaded: BTreeSet<&str> = reloaded.map(|(name, _)| name.as_str()).collect();
+    assert_eq!(reloaded, BTreeSet::from(banter::settings::RELOADABLE));
 }
 
 #[test]

@@ -208,7 +208,8 @@ let
         toSource = source: toString source.root;
       };
       getExe' = package: name: "${package}/bin/${name}";
-      getExe = package: "/nix/store/banter/bin/${package.meta.mainProgram}";
+      getExe =
+        package: if lib.isString package then "/nix/store/${package}/bin/${package}" else "/nix/store/banter/bin/${package.meta.mainProgram}";
     }
   );
   callPackage =
@@ -303,9 +304,9 @@ let
     "clippy runs on the package's source and dependencies" = lib.all (
       one: one.cargoLock == packaged.cargoLock && lib.elem "clippy" one.nativeBuildInputs && has one.buildPhase "-D warnings"
     ) (ofFlake "checks" "clippy");
-    "the shell has what is named" = lib.all (shell: lib.all lib.isString shell.packages) (
-      ofFlake "devShells" "default"
-    );
+    "the shell has what is named" = lib.all (
+      shell: lib.all lib.isString shell.packages && shell.CHROMIUM == "/nix/store/chromium/bin/chromium"
+    ) (ofFlake "devShells" "default");
     "the formatter is nixfmt" = outputs.formatter.x86_64-linux == "nixfmt-tree";
     "the overlay has the package" = withOverlay.banter.pname == "banter";
     "the module's package is that of the system" =
