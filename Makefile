@@ -26,7 +26,7 @@ BIN := $(TARGET_DIR)/release/banter
 # Root needs no sudo; without a terminal sudo must not ask.
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo -n)
 
-.PHONY: help run build install test test-unit test-clients test-redis test-systemd bench fmt lint advisories install-node install-test-deps install-bench-deps
+.PHONY: help run build install test test-unit test-clients test-redis test-systemd test-compose bench fmt lint advisories install-node install-test-deps install-bench-deps
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 20
@@ -62,6 +62,10 @@ test-redis: install-test-deps build ## Run them with Redis as the store, which m
 test-systemd: install-test-deps install-systemd-container build ## Run the units under a real systemd, on machines of their own (root)
 	@export BANTER_BIN="$${BANTER_BIN:-$(abspath $(TARGET_DIR))/debug/banter}"
 	$(SUDO) env "PATH=$$PATH" BANTER_BIN="$$BANTER_BIN" node tests/systemd/run.js $(FILES)
+
+test-compose: install-test-deps ## Run docker-compose.yml (needs a Docker engine; not part of `test`)
+	@docker version >/dev/null || { echo "make test-compose: needs a Docker engine, and Compose; on Debian: apt-get install docker.io docker-compose" >&2; exit 1; }
+	node --test --test-reporter=spec tests/compose/compose.test.js
 
 install-node: ## Install Node.js where it is missing
 	@if ! { command -v node && command -v npm; } >/dev/null; then
