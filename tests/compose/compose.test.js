@@ -358,11 +358,26 @@ test('a deployment with docker-compose', { timeout: BUILD_DEADLINE + 900_000 }, 
     await Promise.all(talkers.map((talker) => talker.leave()));
   });
 
+  await step('what was backed up comes back into a new volume', async () => {
+    const backup = path.join(HOME, 'backup.tar');
+    const tar = (direction, flag) => {
+      const command = composeCommand(['run', '--rm', '-T', 'redis', 'tar', '-C', '/data', flag, '.']);
+      return run(['sh', '-c', `exec "$@" ${direction}"$0"`, backup, ...command]);
+    };
+    await tar('>', '-c');
+    await compose('down', '-v');
+    assert.deepStrictEqual(await remains('volume'), []);
+    await tar('<', '-x');
+    await compose('up', '-d');
+    await healthy();
+    await everythingIsThere();
+  });
+
   await step('a password for Redis can be set afterwards, and all is still there', async () => {
     configure({ ...settings, REDIS_PASSWORD: 'CorrectHorse7' });
     await compose('up', '-d');
     await healthy();
-    assert.match(await inside('redis', 'unset REDISCLI_AUTH; redis-cli ping 2>&1'), /NOAUTH/);
+    assert.match(await inside('redis', 'redis-cli ping 2>&1'), /NOAUTH/);
     await everythingIsThere();
     const client = new Client(server, { name: owner.name, token: owner.token });
     try {
