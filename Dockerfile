@@ -23,6 +23,7 @@ LABEL org.opencontainers.image.title="Banter" \
 # tini, because process 1 must take in orphans, which Banter does not. Certificates for rediss://.
 RUN apt-get update -q \
  && DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends ca-certificates tini \
+ && apt-get clean \
  && rm -rf /var/lib/apt/lists/* /var/log/* /var/cache/debconf/*-old
 # Where the embedded store is, if no REDIS_URL is given: mount a volume there to keep it.
 RUN install -d -m 700 -o 10001 -g 10001 /var/lib/banter
