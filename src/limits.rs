@@ -73,6 +73,16 @@ impl Limit {
     }
 }
 
+/// When a bucket will be full with another limit, if as many tokens stay taken; `None`: it is full.
+fn convert(full_at: Instant, from: Limit, to: Limit, now: Instant) -> Option<Instant> {
+    let missing = full_at.saturating_duration_since(now);
+    let (from, to) = (from.interval?, to.interval?);
+    // An interval is a nanosecond at least.
+    let taken = missing.as_secs_f64() / from.as_secs_f64();
+    let missing = (taken * to.as_secs_f64()).min(CENTURY.as_secs_f64());
+    (missing > 0.0).then(|| now + Duration::from_secs_f64(missing))
+}
+
 /// One token bucket. It starts full.
 #[derive(Debug, Clone)]
 pub struct Bucket {
@@ -97,6 +107,14 @@ impl Bucket {
     pub fn try_take(&mut self, now: Instant) -> Result<(), Duration> {
         self.full_at = self.limit.take(self.full_at, now)?;
         Ok(())
+    }
+
+    /// Goes on with another limit; as many tokens stay taken.
+    pub fn set_limit(&mut self, limit: Limit, now: Instant) {
+        self.full_at = self
+            .full_at
+            .and_then(|full_at| convert(full_at, self.limit, limit, now));
+        self.limit = limit;
     }
 
     /// Whether a token is there; takes none.
@@ -182,6 +200,21 @@ impl<K: Hash + Ord + Clone> KeyedBuckets<K> {
         }
     }
 
+    /// Goes on with another limit; as many tokens stay taken of each key.
+    pub fn set_limit(&mut self, limit: Limit, now: Instant) {
+        let from = std::mem::replace(&mut self.limit, limit);
+        self.by_time.clear();
+        self.full_at
+            .retain(|key, full_at| match convert(*full_at, from, limit, now) {
+                Some(converted) => {
+                    *full_at = converted;
+                    self.by_time.insert((converted, key.clone()));
+                    true
+                }
+                None => false,
+            });
+    }
+
     /// How many buckets are kept.
     pub fn len(&self) -> usize {
         self.full_at.len()
@@ -215,6 +248,38 @@ impl<K: Hash + Ord + Clone> KeyedBuckets<K> {
 
 #[cfg(test)]
 mod tests {
+    proptest! {
+        #[test]
+        fn what_was_taken_stays_taken_when_the_limit_changes(
+            rate in 0.01..1_000_f64,
+            burst in 1..500_u32,
+            other in 0.01..1_000_f64,
+            taken in 0..500_u32,
+        ) {
+            let now = Instant::now();
+            let taken = taken.min(burst);
+            let mut one = Bucket::new(Limit::new(rate, burst));
+            let mut many = KeyedBuckets::new(Limit::new(rate, burst), 8);
+            for _ in 0..taken {
+                prop_assert_eq!(one.try_take(now), Ok(()));
+                prop_assert_eq!(many.take(&"ann", now), Ok(()));
+            }
+            one.set_limit(Limit::new(other, burst), now);
+            many.set_limit(Limit::new(other, burst), now);
+            let mut left = 0;
+            while one.try_take(now).is_ok() {
+                prop_assert_eq!(many.take(&"ann", now), Ok(()));
+                left += 1;
+            }
+            prop_assert!(many.take(&"ann", now).is_err());
+            // Whole nanoseconds are rounded.
+            prop_assert!(left == burst - taken || left + 1 == burst - taken, "{} left", left);
+            many.set_limit(Limit::UNLIMITED, now);
+            prop_assert!(many.is_empty());
+            prop_assert_eq!(many.take(&"ann", now), Ok(()));
+        }
+    }
+
     #[test]
     fn what_is_given_back_can_be_taken_again() {
         let now = Instant::now();

@@ -6,10 +6,10 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::Context;
-use clap::Parser;
 
 use banter::ConfigError;
 use banter::cli::{Cli, Command};
+use banter::settings::{LoadError, Settings};
 use banter::store::migrate;
 use banter::{health, master, serve, systemd, telemetry, worker};
 
@@ -24,7 +24,12 @@ const CONFIG_PAUSE: Duration = Duration::from_secs(3);
 /// Exits with 0, or 1 for failures and for a server that is not healthy, 2 for a wrong command line
 /// (clap's), 78 for what the operator has to mend ([`ConfigError`]).
 fn main() -> ExitCode {
-    match run(Cli::parse()) {
+    let result = match Settings::load(std::env::args_os().collect()) {
+        Ok((cli, settings)) => run(cli, settings),
+        Err(LoadError::Usage(error)) => error.exit(),
+        Err(LoadError::File(error)) => Err(error.into()),
+    };
+    match result {
         Ok(code) => code,
         Err(error) => {
             let text = format!("{error:#}");
@@ -43,21 +48,21 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(cli: Cli) -> anyhow::Result<ExitCode> {
+fn run(cli: Cli, settings: Settings) -> anyhow::Result<ExitCode> {
     match cli.command {
         Command::Serve(args) => {
             telemetry::init(&cli.log, "supervisor")?;
-            serve::run(args, cli.log)?;
+            serve::run(args, settings)?;
         }
         Command::Master(args) => {
             serve::die_with_parent()?;
             telemetry::init(&cli.log, "master")?;
-            block_on(master::run(args))?;
+            block_on(master::run(args, settings))?;
         }
         Command::Worker(args) => {
             serve::die_with_parent()?;
             telemetry::init(&cli.log, &format!("worker {}", args.number))?;
-            block_on(worker::run(args))?;
+            block_on(worker::run(args, settings))?;
         }
         Command::Health(args) => {
             if !health::run(&args)? {

@@ -28,22 +28,26 @@ use rustix::process::{
 };
 use tokio::net::UnixDatagram;
 use tokio::process::Child;
-use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use crate::ConfigError;
-use crate::cli::{LimitArgs, RedisArgs, ServeArgs, StateArgs};
+use crate::cli::{RedisArgs, ServeArgs, StateArgs};
 use crate::config;
 use crate::secret::{JwtSecret, Source};
+use crate::settings::Settings;
+use crate::signals::{Signals, Told};
 use crate::store::redis::{RedisSettings, shown_address};
 use crate::systemd::{self, ListenSockets, NAME_CLIENTS, NAME_CONTROL, NAME_HANDOFF};
 
 /// The exit status of a process that refuses its configuration (`EX_CONFIG` of sysexits.h). Such a
 /// child is not started again.
 pub const EXIT_CONFIG: u8 = 78;
+
+/// The variable of the file of settings.
+const CONFIG: &str = "BANTER_CONFIG";
 
 /// Tells a child its supervisor's process id; see [`die_with_parent`].
 const SUPERVISOR_PID: &str = "BANTER_SUPERVISOR_PID";
@@ -60,13 +64,13 @@ const LONGEST_SOCKET_NAME: &str = "notify-worker-1023.sock";
 /// The most bytes of a notification that are read; systemd takes as many.
 const MAX_NOTIFICATION: usize = 4096;
 
-/// Runs `banter serve` until SIGTERM or SIGINT. `log` is the children's log filter.
+/// Runs `banter serve` until SIGTERM or SIGINT. After SIGHUP all of it reads its settings again.
 ///
 /// # Errors
 ///
 /// A [`ConfigError`] for what the operator has to mend, also where a child told so by its exit status;
 /// others where the port is in use, or a directory or process cannot be made.
-pub fn run(args: ServeArgs, log: String) -> anyhow::Result<()> {
+pub fn run(args: ServeArgs, mut settings: Settings) -> anyhow::Result<()> {
     let redis = config::redis(&args.redis)?;
     raise_file_limit();
     let state_dir = prepare_state_dir(&args.state)?;
@@ -89,7 +93,8 @@ pub fn run(args: ServeArgs, log: String) -> anyhow::Result<()> {
         program: env::current_exe().context("the program's own path is not known")?,
         runtime_dir: runtime_dir.path(),
         env: {
-            let mut env = common_env(&args.limits, &log, port, &state_dir, runtime_dir.path());
+            let mut env = given_env(&settings)?;
+            env.extend(common_env(port, &state_dir, runtime_dir.path()));
             env.extend(redis_env(&args.redis, redis.as_ref()));
             env
         },
@@ -97,7 +102,7 @@ pub fn run(args: ServeArgs, log: String) -> anyhow::Result<()> {
         secret: match secret {
             Source::Credential(_) => None,
             Source::File(path) => Some((
-                "BANTER_JWT_SECRET_FILE",
+                "BANTER_JWT_SECRET_FILE".to_owned(),
                 std::path::absolute(path)
                     .context("the working directory is gone")?
                     .into(),
@@ -105,7 +110,7 @@ pub fn run(args: ServeArgs, log: String) -> anyhow::Result<()> {
             Source::Value => args
                 .secret
                 .jwt_secret
-                .map(|secret| ("JWT_SECRET", secret.into())),
+                .map(|secret| ("JWT_SECRET".to_owned(), secret.into())),
         },
     };
     let store = redis
@@ -121,8 +126,9 @@ pub fn run(args: ServeArgs, log: String) -> anyhow::Result<()> {
         .build()
         .context("cannot start the runtime")?;
     runtime.block_on(async {
-        let signals = stop_signals().context("cannot handle signals")?;
-        supervise_all(master, workers, TIMING, signals, || {
+        let signals = signals().context("cannot handle signals")?;
+        let reload = || settings.reload(|_| ());
+        supervise_all(master, workers, TIMING, signals, reload, || {
             crate::print_line(&format!("Banter listens on http://localhost:{port}/"));
             crate::print_line(&match &store {
                 Some(address) => format!("Store: Redis at {address}"),
@@ -253,33 +259,38 @@ impl Drop for RuntimeDir {
     }
 }
 
+/// What every child is told of the supervisor's command line. The environment it inherits, and the
+/// file it reads on its own, also when that has changed.
+fn given_env(settings: &Settings) -> anyhow::Result<Vec<(String, OsString)>> {
+    let mut env = settings.given().to_vec();
+    if let Some(file) = settings.file() {
+        let name = file
+            .absolute_name()
+            .context("the working directory is gone")?;
+        env.push((CONFIG.to_owned(), name));
+    }
+    Ok(env)
+}
+
 /// What every child is told by its environment.
-fn common_env(
-    limits: &LimitArgs,
-    log: &str,
-    port: u16,
-    state_dir: &Path,
-    runtime_dir: &Path,
-) -> Vec<(&'static str, OsString)> {
+fn common_env(port: u16, state_dir: &Path, runtime_dir: &Path) -> Vec<(String, OsString)> {
     // Children live in the same process id namespace, so this is the id that they see.
     let supervisor = std::process::id().to_string();
-    let mut env: Vec<(&'static str, OsString)> = vec![
-        ("RUST_LOG", log.into()),
+    let env: [(&str, OsString); 4] = [
         ("PORT", port.to_string().into()),
         ("BANTER_STATE_DIR", state_dir.into()),
         ("BANTER_RUNTIME_DIR", runtime_dir.into()),
         (SUPERVISOR_PID, supervisor.into()),
     ];
-    env.extend(limits.env().map(|(name, value)| (name, value.into())));
-    env
+    env.map(|(name, value)| (name.to_owned(), value)).into()
 }
 
 /// What every child is told of the store.
-fn redis_env(args: &RedisArgs, redis: Option<&RedisSettings>) -> Vec<(&'static str, OsString)> {
+fn redis_env(args: &RedisArgs, redis: Option<&RedisSettings>) -> Vec<(String, OsString)> {
     let Some(settings) = redis else {
         return Vec::new();
     };
-    vec![
+    let env: [(&str, OsString); 4] = [
         ("REDIS_URL", settings.url.clone().into()),
         ("BANTER_REDIS_PREFIX", settings.prefix.clone().into()),
         (
@@ -290,16 +301,17 @@ fn redis_env(args: &RedisArgs, redis: Option<&RedisSettings>) -> Vec<(&'static s
             "BANTER_RETENTION_DAYS",
             args.retention_days.to_string().into(),
         ),
-    ]
+    ];
+    env.map(|(name, value)| (name.to_owned(), value)).into()
 }
 
 /// What the children have in common.
 struct Household<'a> {
     program: PathBuf,
     runtime_dir: &'a Path,
-    env: Vec<(&'static str, OsString)>,
+    env: Vec<(String, OsString)>,
     /// Where workers find the secret, if not by what they inherit.
-    secret: Option<(&'static str, OsString)>,
+    secret: Option<(String, OsString)>,
 }
 
 impl Household<'_> {
@@ -348,7 +360,7 @@ struct ChildSpec {
     program: PathBuf,
     args: Vec<OsString>,
     /// Beside what it inherits.
-    env: Vec<(&'static str, OsString)>,
+    env: Vec<(String, OsString)>,
     /// Passed by `LISTEN_FDS`, with their names. They stay open here, for the next start.
     sockets: Vec<(&'static str, OwnedFd)>,
     /// Where its notifications go.
@@ -436,10 +448,12 @@ struct Stop {
     term: CancellationToken,
     /// By SIGKILL, at once.
     kill: CancellationToken,
+    /// How often they were to read their settings again, by SIGHUP.
+    reload: watch::Sender<u64>,
 }
 
 /// Runs the children until they are told to stop by a first message of `signals`; a second one kills
-/// them. Calls `announce` once, when the master and any worker are ready.
+/// them. One that asks for it has `reload` read the settings again, and then the children. Calls `announce` once, when the master and any worker are ready.
 ///
 /// # Errors
 ///
@@ -448,7 +462,8 @@ async fn supervise_all(
     master: ChildSpec,
     workers: Vec<ChildSpec>,
     timing: Timing,
-    mut signals: mpsc::Receiver<()>,
+    mut signals: mpsc::Receiver<Told>,
+    mut reload: impl FnMut(),
     announce: impl FnOnce(),
 ) -> anyhow::Result<()> {
     let stop = [Stop::default(), Stop::default()];
@@ -492,8 +507,11 @@ async fn supervise_all(
                     stop.iter().for_each(|stop| stop.term.cancel());
                 }
             }
-            Some(()) = signals.recv() => {
-                if stop_master.term.is_cancelled() {
+            Some(told) = signals.recv() => {
+                if told == Told::Reload {
+                    reload();
+                    stop.iter().for_each(|stop| stop.reload.send_modify(|times| *times += 1));
+                } else if stop_master.term.is_cancelled() {
                     tracing::warn!("told to stop again, killing what is left");
                     stop.iter().for_each(|stop| stop.kill.cancel());
                 } else {
@@ -520,22 +538,11 @@ async fn became_true(mut value: watch::Receiver<bool>) {
     }
 }
 
-/// SIGTERM and SIGINT as messages.
-fn stop_signals() -> io::Result<mpsc::Receiver<()>> {
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
+/// Signals as messages.
+fn signals() -> io::Result<mpsc::Receiver<Told>> {
+    let mut signals = Signals::listen()?;
     let (sender, receiver) = mpsc::channel(2);
-    tokio::spawn(async move {
-        loop {
-            tokio::select! {
-                _ = terminate.recv() => {}
-                _ = interrupt.recv() => {}
-            }
-            if sender.send(()).await.is_err() {
-                return;
-            }
-        }
-    });
+    tokio::spawn(async move { while sender.send(signals.next().await).await.is_ok() {} });
     Ok(receiver)
 }
 
@@ -555,14 +562,24 @@ async fn supervise(
         .with_context(|| format!("cannot bind {}", spec.notify_path.display()))?;
     let mut backoff = Backoff::new(&timing);
     while !stop.term.is_cancelled() {
+        // Before it reads them: what is to be reloaded later is not lost.
+        let reload = stop.reload.subscribe();
         // What the one before may have said last is not about the next.
         while notifications.try_recv(&mut [0]).is_ok() {}
         let started = Instant::now();
         let reason = match spec.spawn(&timing) {
             Ok(process) => {
-                let end = follow(child, process, &notifications, &timing, &ready, &stop)
-                    .await
-                    .with_context(|| format!("cannot follow {child}"))?;
+                let end = follow(
+                    child,
+                    process,
+                    &notifications,
+                    &timing,
+                    &ready,
+                    &stop,
+                    reload,
+                )
+                .await
+                .with_context(|| format!("cannot follow {child}"))?;
                 if stop.term.is_cancelled() {
                     tracing::info!(child, "ended: {end}");
                     return Ok(());
@@ -685,6 +702,7 @@ async fn follow(
     timing: &Timing,
     ready: &watch::Sender<bool>,
     stop: &Stop,
+    mut reload: watch::Receiver<u64>,
 ) -> io::Result<End> {
     let mut phase = Phase::Starting;
     let mut deadline = Instant::now() + phase.limit(timing);
@@ -724,7 +742,13 @@ async fn follow(
                 told_to_stop = true;
                 phase = Phase::Stopping;
                 deadline = Instant::now() + phase.limit(timing);
-                terminate(&process)?;
+                // All of them end, so that there is nobody to hand clients over to, as they would do
+                // after SIGTERM.
+                tell(&process, Signal::INT)?;
+            }
+            // Not before it is ready: until then the signal would end it.
+            Ok(()) = reload.changed(), if matches!(phase, Phase::Serving) => {
+                tell(&process, Signal::HUP)?;
             }
             () = stop.kill.cancelled(), if killed.is_none() => {
                 killed = Some("told to stop twice");
@@ -734,15 +758,14 @@ async fn follow(
     }
 }
 
-/// Tells a child to end at once. All of them end, so that there is nobody to hand clients over to,
-/// which is what they would do after SIGTERM.
-fn terminate(process: &Child) -> io::Result<()> {
+/// Sends a signal to a child.
+fn tell(process: &Child, signal: Signal) -> io::Result<()> {
     let pid = process
         .id()
         .and_then(|id| Pid::from_raw(i32::try_from(id).ok()?));
     match pid {
         // It has not been waited for, so the id is still its own.
-        Some(pid) => Ok(kill_process(pid, Signal::INT)?),
+        Some(pid) => Ok(kill_process(pid, signal)?),
         None => Ok(()),
     }
 }
@@ -783,7 +806,7 @@ mod tests {
             name: name.to_owned(),
             program: "/bin/sh".into(),
             args: vec!["-c".into(), script.into()],
-            env: vec![("LOG", log_path(dir).into())],
+            env: vec![("LOG".to_owned(), log_path(dir).into())],
             sockets: Vec::new(),
             notify_path: dir.path().join(format!("{name}.sock")),
         }
@@ -796,7 +819,10 @@ mod tests {
             args: ["--exact", "serve::tests::fake_child", "--nocapture"]
                 .map(Into::into)
                 .to_vec(),
-            env: vec![("LOG", log_path(dir).into()), (FAKE, behaviour.into())],
+            env: vec![
+                ("LOG".to_owned(), log_path(dir).into()),
+                (FAKE.to_owned(), behaviour.into()),
+            ],
             ..shell(dir, name, "")
         }
     }
@@ -1066,7 +1092,7 @@ mod tests {
         let script = "while ! [ -s $LOG ]; do sleep 0.01; done; exit 78";
         let worker = shell(&dir, "worker 0", script);
         let (_signals, signals) = mpsc::channel(1);
-        let all = supervise_all(master, vec![worker], patient(), signals, || ());
+        let all = supervise_all(master, vec![worker], patient(), signals, || (), || ());
         let error = timeout(DEADLINE, all).await.unwrap().unwrap_err();
         let error = error
             .downcast_ref::<ConfigError>()
@@ -1104,9 +1130,10 @@ mod tests {
             patient(),
             signals,
             || (),
+            || (),
         ));
         until(&dir, "both to run", |lines| count(lines, "start") == 2).await;
-        sender.send(()).await.unwrap();
+        sender.send(Told::Stop).await.unwrap();
         timeout(DEADLINE, all).await.unwrap().unwrap().unwrap();
         let lines = log(&dir);
         let ended = count(&lines, "master-ended") + count(&lines, "worker-ended");
@@ -1127,12 +1154,13 @@ mod tests {
             patient(),
             signals,
             || (),
+            || (),
         ));
         until(&dir, "both to run", |lines| count(lines, "start") == 2).await;
-        sender.send(()).await.unwrap();
+        sender.send(Told::Stop).await.unwrap();
         until(&dir, "both to be told", |lines| count(lines, "told") == 2).await;
         assert!(!all.is_finished());
-        sender.send(()).await.unwrap();
+        sender.send(Told::Stop).await.unwrap();
         timeout(DEADLINE, all).await.unwrap().unwrap().unwrap();
     }
 
@@ -1151,16 +1179,23 @@ mod tests {
             watchdog: Duration::from_millis(50),
             ..patient()
         };
-        let all = tokio::spawn(supervise_all(master, workers, timing, signals, move || {
-            announced.try_send(()).unwrap();
-        }));
+        let all = tokio::spawn(supervise_all(
+            master,
+            workers,
+            timing,
+            signals,
+            || (),
+            move || {
+                announced.try_send(()).unwrap();
+            },
+        ));
         timeout(DEADLINE, announcements.recv())
             .await
             .unwrap()
             .unwrap();
         until(&dir, "restarts", |lines| count(lines, "start") >= 6).await;
-        sender.send(()).await.unwrap();
-        sender.send(()).await.unwrap();
+        sender.send(Told::Stop).await.unwrap();
+        sender.send(Told::Stop).await.unwrap();
         timeout(DEADLINE, all).await.unwrap().unwrap().unwrap();
         assert_eq!(announcements.recv().await, None, "only once");
     }
@@ -1179,6 +1214,7 @@ mod tests {
             workers,
             patient(),
             signals,
+            || (),
             || panic!("announced"),
         ));
         let both = until(&dir, "both to run", |lines| count(lines, "start") == 2);
@@ -1186,8 +1222,8 @@ mod tests {
             ended = &mut all => panic!("{ended:?}"),
             () = both => {}
         }
-        sender.send(()).await.unwrap();
-        sender.send(()).await.unwrap();
+        sender.send(Told::Stop).await.unwrap();
+        sender.send(Told::Stop).await.unwrap();
         timeout(DEADLINE, all).await.unwrap().unwrap();
     }
 

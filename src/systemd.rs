@@ -8,10 +8,12 @@ use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::anyhow;
 use listenfd::ListenFd;
+use parking_lot::Mutex;
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketType, sockopt};
 use sd_notify::NotifyState;
@@ -280,12 +282,77 @@ impl Places {
 /// This and the other notifications do nothing where `NOTIFY_SOCKET` is not set; that one cannot be
 /// sent is logged at debug and is no reason to stop.
 pub fn ready(status: &str) {
-    notify(&[NotifyState::Ready, NotifyState::Status(&one_line(status))]);
+    READY.store(true, Ordering::Release);
+    let mut last = STATUS.lock();
+    last.text = one_line(status);
+    notify(&[NotifyState::Ready, NotifyState::Status(&last.sentence())]);
 }
 
-/// Tells the state in a sentence that `systemctl status` shows.
+/// Tells the state in a sentence that `systemctl status` shows. The same again is not sent.
 pub fn status(text: &str) {
-    notify(&[NotifyState::Status(&one_line(text))]);
+    STATUS.lock().update(|status| status.text = one_line(text));
+}
+
+/// Has the status begin with something that is wrong, until it is right again (`None`).
+pub fn complain(what: Option<&str>) {
+    STATUS
+        .lock()
+        .update(|status| status.complaint = what.map(one_line));
+}
+
+/// Whether [`ready`] was called.
+static READY: AtomicBool = AtomicBool::new(false);
+
+/// The last status.
+static STATUS: Mutex<Status> = Mutex::new(Status::new());
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Status {
+    text: String,
+    complaint: Option<String>,
+}
+
+impl Status {
+    const fn new() -> Self {
+        Self {
+            text: String::new(),
+            complaint: None,
+        }
+    }
+
+    fn update(&mut self, change: impl FnOnce(&mut Self)) {
+        let before = self.clone();
+        change(self);
+        if *self != before {
+            notify(&[NotifyState::Status(&self.sentence())]);
+        }
+    }
+
+    fn sentence(&self) -> String {
+        match &self.complaint {
+            Some(complaint) => format!("{complaint}; {}", self.text),
+            None => self.text.clone(),
+        }
+    }
+}
+
+/// Tells that the settings are being read again; [`reloaded`] has to follow. Before the process is
+/// ready, neither says anything.
+pub fn reloading() {
+    if !READY.load(Ordering::Acquire) {
+        return;
+    }
+    match NotifyState::monotonic_usec_now() {
+        Ok(now) => notify(&[NotifyState::Reloading, now]),
+        Err(error) => tracing::debug!(%error, "the clock cannot be read"),
+    }
+}
+
+/// Tells that the settings have been read.
+pub fn reloaded() {
+    if READY.load(Ordering::Acquire) {
+        notify(&[NotifyState::Ready]);
+    }
 }
 
 /// Tells that the process is on its way out, which takes no longer than `within`.

@@ -3,16 +3,37 @@
 use std::env;
 use std::fmt;
 use std::io::{self, IsTerminal};
+use std::sync::OnceLock;
+use std::time::Instant;
 
 use anyhow::Context;
+use parking_lot::Mutex;
 use tracing_journald::{Priority, PriorityMappings};
-use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::time::{FormatTime, SystemTime};
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
+use tracing_subscriber::{EnvFilter, Registry, reload};
 
 use crate::ConfigError;
+use crate::limits::{Bucket, Limit};
+
+/// Keeps lines that strangers can cause from filling the log.
+#[derive(Debug)]
+pub struct Throttle(Mutex<Bucket>);
+
+impl Throttle {
+    /// Lets `lines` a minute through, and as many at once.
+    pub fn per_minute(lines: u32) -> Self {
+        let limit = Limit::new(f64::from(lines) / 60.0, lines);
+        Self(Mutex::new(Bucket::new(limit)))
+    }
+
+    /// Whether one more line may be written.
+    pub fn allows(&self) -> bool {
+        self.0.lock().try_take(Instant::now()).is_ok()
+    }
+}
 
 /// Sets up logging for the whole process; once, at its start.
 ///
@@ -26,7 +47,8 @@ use crate::ConfigError;
 ///
 /// [`ConfigError`] if `filter` cannot be parsed; any other if logging is set up already.
 pub fn init(filter: &str, role: &str) -> anyhow::Result<()> {
-    let registry = tracing_subscriber::registry().with(parse_filter(filter)?);
+    let (filter, handle) = reload::Layer::new(parse_filter(filter)?);
+    let registry = tracing_subscriber::registry().with(filter);
     let journal = if stderr_is_journal() {
         tracing_journald::layer().ok()
     } else {
@@ -60,7 +82,36 @@ pub fn init(filter: &str, role: &str) -> anyhow::Result<()> {
             )
             .try_init(),
     };
-    set_up.context("cannot set up logging")
+    set_up.context("cannot set up logging")?;
+    // Nobody else was the first, or setting up had failed.
+    let _ = FILTER.set(handle);
+    Ok(())
+}
+
+/// The filter in use.
+static FILTER: OnceLock<reload::Handle<EnvFilter, Registry>> = OnceLock::new();
+
+/// Has another filter count from now on. Does nothing without [`init`].
+///
+/// # Errors
+///
+/// [`ConfigError`] if it cannot be parsed.
+pub fn set_filter(filter: &str) -> Result<(), ConfigError> {
+    let filter = parse_filter(filter)?;
+    let Some(handle) = FILTER.get() else {
+        return Ok(());
+    };
+    // It fails only where logging has been torn down.
+    handle.reload(filter).map_err(ConfigError::new)
+}
+
+/// Whether a filter can be parsed.
+///
+/// # Errors
+///
+/// [`ConfigError`] if not.
+pub fn check_filter(filter: &str) -> Result<(), ConfigError> {
+    parse_filter(filter).map(drop)
 }
 
 /// What begins a line: the time, and who speaks.

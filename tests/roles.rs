@@ -8,184 +8,16 @@
     reason = "helpers of tests"
 )]
 
-use std::io::{Read, Write};
-use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream};
+mod common;
+
+use std::io::Read;
+use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
-use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 
-use banter::handoff::{self, Listener, MasterEnd, Offer, ToMaster, ToWorker};
-use rustix::process::{Pid, Signal, kill_process};
-use socket2::{Domain, Socket, Type};
-use tempfile::TempDir;
-
-/// Long enough for a loaded machine; only a failing test waits for it.
-const DEADLINE: Duration = Duration::from_secs(60);
-
-/// Killed at the end of the test, whatever happens.
-struct Process(Child);
-
-impl Process {
-    fn signal(&self, signal: Signal) {
-        kill_process(Pid::from_child(&self.0), signal).unwrap();
-    }
-
-    /// Freezes it, and waits until every thread is frozen: the signal alone does not.
-    fn freeze(&self) {
-        self.signal(Signal::STOP);
-        until("every thread is stopped", || {
-            let tasks = std::fs::read_dir(format!("/proc/{}/task", self.0.id())).unwrap();
-            tasks.flatten().all(|task| {
-                std::fs::read_to_string(task.path().join("stat"))
-                    .is_ok_and(|stat| stat.contains(") T "))
-            })
-        });
-    }
-
-    /// Stops it the way systemd does, and tells whether it ended well.
-    fn stop(mut self) -> bool {
-        self.signal(Signal::TERM);
-        until("the process ends", || self.0.try_wait().unwrap().is_some());
-        self.0.wait().unwrap().success()
-    }
-}
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-/// Waits for a condition.
-fn until(what: &str, mut condition: impl FnMut() -> bool) {
-    let deadline = Instant::now() + DEADLINE;
-    while !condition() {
-        assert!(Instant::now() < deadline, "never happened: {what}");
-        std::thread::sleep(Duration::from_millis(10));
-    }
-}
-
-/// A place for a master and its workers.
-struct Place {
-    dir: TempDir,
-    port: u16,
-}
-
-impl Place {
-    fn new() -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        // Below the ports that the kernel gives to clients, or a client's connection could take
-        // it first, even one to itself.
-        static NEXT: AtomicU16 = AtomicU16::new(0);
-        let first = u16::try_from(std::process::id() % 997).unwrap() * 16;
-        let port = std::iter::repeat_with(|| {
-            12_000 + (first + NEXT.fetch_add(1, Ordering::Relaxed)) % 16_000
-        })
-        .find(|port| TcpListener::bind((Ipv4Addr::UNSPECIFIED, *port)).is_ok())
-        .unwrap();
-        Self { dir, port }
-    }
-
-    fn run(&self, args: &[&str], limits: &[(&str, &str)]) -> Process {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_banter"));
-        command
-            .args(args)
-            .env_clear()
-            .env("PORT", self.port.to_string())
-            .env("BANTER_STATE_DIR", self.dir.path())
-            .env("BANTER_RUNTIME_DIR", self.dir.path())
-            .env("JWT_SECRET", "a secret of this test, long enough to be one")
-            .envs(limits.iter().copied())
-            .stdin(Stdio::null())
-            .stdout(Stdio::null());
-        Process(command.spawn().unwrap())
-    }
-
-    fn master(&self) -> Process {
-        let master = self.run(&["master"], &[]);
-        until("the master listens", || self.connect(1).is_ok());
-        master
-    }
-
-    fn worker(&self, number: u32, limits: &[(&str, &str)]) -> Process {
-        self.run(&["worker", &number.to_string()], limits)
-    }
-
-    /// A connection from 127.0.0.`host`.
-    fn connect(&self, host: u8) -> std::io::Result<TcpStream> {
-        let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
-        socket.bind(&SocketAddr::from((Ipv4Addr::new(127, 0, 0, host), 0)).into())?;
-        let to = SocketAddrV4::new(Ipv4Addr::LOCALHOST, self.port);
-        socket.connect(&SocketAddr::V4(to).into())?;
-        let stream = TcpStream::from(socket);
-        stream.set_read_timeout(Some(DEADLINE))?;
-        Ok(stream)
-    }
-
-    /// How many connections to the port some process has accepted: those that wait in the
-    /// kernel's backlog have no inode yet.
-    fn accepted(&self) -> usize {
-        let port = format!(":{:04X}", self.port);
-        ["/proc/net/tcp", "/proc/net/tcp6"]
-            .iter()
-            .map(|table| std::fs::read_to_string(table).unwrap_or_default())
-            .collect::<String>()
-            .lines()
-            .map(|line| line.split_whitespace().collect::<Vec<_>>())
-            .filter(|fields| fields.len() > 9 && fields[1].ends_with(&port))
-            .filter(|fields| fields[3] == "01" && fields[9] != "0")
-            .count()
-    }
-
-    /// The answer to `GET /health` from 127.0.0.`host`.
-    fn health(&self, host: u8) -> String {
-        let mut stream = self.connect(host).unwrap();
-        ask_health(&mut stream, "close");
-        read_all(&mut stream)
-    }
-
-    /// Waits until a worker serves, and returns the addresses (last bytes) that go to it.
-    fn hosts_of(&self, worker: u32) -> Vec<u8> {
-        let own = format!(r#""worker":{worker}}}"#);
-        let mut hosts = Vec::new();
-        until("some address goes to the worker", || {
-            hosts = (2..40)
-                .filter(|host| self.health(*host).contains(&own))
-                .collect();
-            !hosts.is_empty()
-        });
-        hosts
-    }
-}
-
-fn ask_health(stream: &mut TcpStream, connection: &str) {
-    let request = format!("GET /health HTTP/1.1\r\nHost: x\r\nConnection: {connection}\r\n\r\n");
-    stream.write_all(request.as_bytes()).unwrap();
-}
-
-fn read_all(stream: &mut TcpStream) -> String {
-    let mut text = String::new();
-    stream.read_to_string(&mut text).unwrap();
-    text
-}
-
-/// The head and body of one answer on a connection that stays open.
-fn read_one(stream: &mut TcpStream) -> String {
-    let mut text = Vec::new();
-    let mut byte = [0];
-    while !text.ends_with(b"}") {
-        assert_eq!(
-            stream.read(&mut byte).unwrap(),
-            1,
-            "{}",
-            String::from_utf8_lossy(&text)
-        );
-        text.push(byte[0]);
-    }
-    String::from_utf8(text).unwrap()
-}
+use banter::handoff::{self, KnownBy, Listener, MasterEnd, Offer, ToMaster, ToWorker};
+use common::{DEADLINE, Place, ask_health, read_all, read_one, until};
+use rustix::process::Signal;
 
 #[test]
 fn at_a_cold_start_nothing_is_accepted_until_a_worker_can_serve_and_then_nothing_is_lost() {
@@ -317,6 +149,7 @@ fn a_worker_serves_what_it_was_offered_by_a_master_that_is_gone_but_not_what_oth
                 peer,
                 client: peer.ip(),
                 at,
+                known_by: KnownBy::Connection,
             };
             end.try_send(&ToWorker::Offer(offer), socket.as_fd())
                 .unwrap();

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use futures_util::{SinkExt as _, StreamExt as _};
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::{Semaphore, mpsc, watch};
 use tokio_util::codec::{FramedRead, FramedWrite};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -49,6 +49,8 @@ const ATTACH: Duration = Duration::from_secs(3);
 pub struct Settings {
     /// Grace period and silence.
     pub timing: Timing,
+    /// The grace period from now on.
+    pub grace: watch::Receiver<Duration>,
     /// File that says which workers there are, for a master that starts after this one.
     pub roster: PathBuf,
     /// Kept current for the router.
@@ -163,6 +165,7 @@ impl Cluster {
         let (inputs, mut inputs_rx) = mpsc::channel(INPUT_QUEUE);
         let streams = TaskTracker::new();
         let store = self.settings.store.clone();
+        let mut grace = self.settings.grace.clone();
         let mut tick = tokio::time::interval(TICK);
         let mut sweep = tokio::time::interval(Duration::from_millis(100));
         for timer in [&mut tick, &mut sweep] {
@@ -188,12 +191,21 @@ impl Cluster {
                         tokio::time::sleep(Duration::from_millis(50)).await;
                     }
                 },
+                // The sender may be gone when everything stops.
+                Ok(()) = grace.changed() => self.set_grace(*grace.borrow_and_update()),
                 _ = tick.tick() => self.on_tick(),
                 _ = sweep.tick() => self.sweep(),
             }
         }
         streams.close();
         streams.wait().await;
+    }
+
+    fn set_grace(&mut self, grace: Duration) {
+        self.settings.timing.grace = grace;
+        if let Some(registry) = &mut self.registry {
+            registry.set_grace(grace);
+        }
     }
 
     fn handle(&mut self, input: Input) {

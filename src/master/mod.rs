@@ -2,6 +2,7 @@
 //! embedded store, the database.
 //!
 //! - [`accept`] takes connections from the listening sockets while somebody can serve them;
+//! - [`peek`] finds out for whom a trusted proxy speaks;
 //! - [`router`] chooses a worker for each and passes it on, and takes back what was not received;
 //! - [`registry`] decides who is online and where (pure);
 //! - [`cluster`] runs it: the control streams of the workers, what they ask, what they are told.
@@ -9,6 +10,8 @@
 pub mod accept;
 pub mod affinity;
 pub mod cluster;
+pub mod peek;
+pub mod refusal;
 pub mod registry;
 pub mod router;
 
@@ -17,14 +20,16 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::ConfigError;
-use crate::cli::MasterArgs;
+use crate::cli::{Cli, Command, MasterArgs};
 use crate::handoff;
 use crate::presence::Numbered;
+use crate::proxy::Trusted;
+use crate::settings::Settings;
 use crate::signals::{Signals, Told};
 use crate::store::embedded::Embedded;
 use crate::store::redis::{Lease, LeaseError, RedisStore};
@@ -43,7 +48,7 @@ const END: Duration = Duration::from_secs(5);
 ///
 /// # Errors
 /// If the sockets or the store cannot be opened.
-pub async fn run(args: MasterArgs) -> anyhow::Result<()> {
+pub async fn run(args: MasterArgs, mut settings: Settings) -> anyhow::Result<()> {
     let mut signals = Signals::listen()?;
     let runtime_dir = systemd::runtime_dir(&args.runtime)?;
     let sockets = match systemd::ListenSockets::from_env().map_err(ConfigError::new)? {
@@ -55,30 +60,43 @@ pub async fn run(args: MasterArgs) -> anyhow::Result<()> {
     let (stop, accept_no_more) = (CancellationToken::new(), CancellationToken::new());
     let (tasks, under_way) = (TaskTracker::new(), TaskTracker::new());
     let affinity = Arc::new(affinity::Affinity::default());
-    let (router, gate) = router::spawn(&tasks, affinity.clone(), stop.clone());
+    let refusals = refusal::Refusals::default();
+    let (router, gate) = router::spawn(&tasks, affinity.clone(), refusals.clone(), stop.clone());
     let handoff = handoff::Listener::from_fd(sockets.handoff)
         .context("the hand-off socket cannot be used")?;
     tasks.spawn(router::serve_workers(handoff, router.clone(), stop.clone()));
+    let trusted = watch::Sender::new(Arc::new(Trusted::default()));
+    trust(&trusted, &args);
+    let lookout = peek::Lookout::new(peek::Settings {
+        trusted: trusted.subscribe(),
+        router: router.clone(),
+        refusals,
+        tasks: tasks.clone(),
+        under_way: under_way.clone(),
+        accept_no_more: accept_no_more.clone(),
+        stop: stop.clone(),
+    });
     for listener in sockets.clients {
         let listener = tokio::net::TcpListener::from_std(listener)
             .context("a listening socket cannot be used")?;
         tasks.spawn(accept::run(
             listener,
-            router.clone(),
+            lookout.clone(),
             gate.clone(),
-            under_way.clone(),
             accept_no_more.clone(),
         ));
     }
     let control = tokio::net::UnixListener::from_std(sockets.control)
         .context("the control socket cannot be used")?;
+    let (grace, grace_rx) = watch::channel(grace_of(&args));
     let cluster = cluster::Cluster::new(cluster::Settings {
         timing: registry::Timing {
-            grace: Duration::from_secs(args.limits.grace.into()),
+            grace: grace_of(&args),
             silence: Duration::from_secs(
                 u64::from(args.limits.ping_interval) + u64::from(args.limits.ping_timeout),
             ),
         },
+        grace: grace_rx,
         roster: runtime_dir.join("workers.json"),
         affinity,
         store: backend.embedded(),
@@ -89,10 +107,18 @@ pub async fn run(args: MasterArgs) -> anyhow::Result<()> {
 
     systemd::ready("waiting for workers");
     tracing::info!(event = "master_started", "the master is ready");
+    // What can change while the master runs.
+    let apply = |cli: &Cli| {
+        let Command::Master(new) = &cli.command else {
+            return;
+        };
+        grace.send_replace(grace_of(new));
+        trust(&trusted, new);
+    };
     let told = async {
         loop {
             match signals.next().await {
-                Told::Reload => {}
+                Told::Reload => settings.reload(apply),
                 told => return told,
             }
         }
@@ -123,6 +149,25 @@ pub async fn run(args: MasterArgs) -> anyhow::Result<()> {
     }
     backend.close().await;
     Ok(())
+}
+
+fn grace_of(args: &MasterArgs) -> Duration {
+    Duration::from_secs(args.limits.grace.into())
+}
+
+/// Believes the proxies that the settings name, from now on.
+fn trust(trusted: &watch::Sender<Arc<Trusted>>, args: &MasterArgs) {
+    let new = args.proxy.trusted();
+    if **trusted.borrow() == new {
+        return;
+    }
+    if let Some(network) = new.everybody() {
+        tracing::warn!(
+            "--trust-proxy {network} trusts everybody: any client can pose as any other"
+        );
+    }
+    tracing::info!(networks = %new, "believes proxies in these networks");
+    trusted.send_replace(Arc::new(new));
 }
 
 /// Where users, channels and messages are.

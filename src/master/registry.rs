@@ -348,6 +348,11 @@ impl Registry {
         self.commit_all(events)
     }
 
+    /// Gives sessions that are lost from now on another grace period.
+    pub fn set_grace(&mut self, grace: Duration) {
+        self.timing.grace = grace;
+    }
+
     /// Ends the lost sessions whose grace period is over.
     pub fn expire(&mut self, now: Now) -> Vec<Numbered> {
         let due: Vec<String> = self

@@ -2,6 +2,7 @@
 
 use std::any::Any;
 use std::collections::HashMap;
+use std::convert::Infallible;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -10,6 +11,7 @@ use std::time::Duration;
 use axum::Router;
 use axum::extract::Request;
 use axum::response::{IntoResponse as _, Response};
+use http::StatusCode;
 use hyper::body::Incoming;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use parking_lot::Mutex;
@@ -20,10 +22,13 @@ use tower::ServiceExt as _;
 use super::http::error::ApiError;
 use super::link::Identity;
 use super::transport::{Handle, Transport};
+use crate::cli::LimitArgs;
 use crate::handoff::{
-    self, Credit, HandoffError, MAX_RESERVE, MAX_WINDOW, Offer, ToMaster, WorkerEnd, WorkerState,
+    self, Credit, HandoffError, KnownBy, MAX_RESERVE, MAX_WINDOW, Offer, ToMaster, WorkerEnd,
+    WorkerState,
 };
 use crate::routing::RoutingKey;
+use crate::telemetry::Throttle;
 
 /// How long a client may take for the head of a request, also between two requests.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(20);
@@ -45,7 +50,8 @@ pub struct Capacity {
 
 impl Capacity {
     /// What the limits say, but never more than the process has descriptors for.
-    pub fn of(connections: u32, per_address: u32) -> Self {
+    pub fn of(limits: &LimitArgs) -> Self {
+        let (connections, per_address) = (limits.max_connections, limits.max_per_address);
         let descriptors =
             descriptors().saturating_sub(RESERVED_DESCRIPTORS + u64::from(MAX_RESERVE));
         let possible = u32::try_from(descriptors).unwrap_or(u32::MAX).max(1);
@@ -175,7 +181,7 @@ pub struct Intake {
     /// The master's hand-off socket.
     pub handoff: PathBuf,
     /// How many.
-    pub capacity: Capacity,
+    pub capacity: watch::Receiver<Capacity>,
     /// Those that there are.
     pub connections: Arc<Connections>,
     /// What serves them.
@@ -184,6 +190,8 @@ pub struct Intake {
     pub ready: CancellationToken,
     /// The worker is on its way out.
     pub draining: CancellationToken,
+    /// Bounds what is logged of proxies that name their client too late.
+    pub complaints: Arc<Throttle>,
 }
 
 impl Intake {
@@ -214,9 +222,11 @@ impl Intake {
         .await?;
         *pause = RETRY.0;
         let mut count = self.connections.count.subscribe();
+        let mut capacity = self.capacity.clone();
         let mut said = None;
         loop {
             count.borrow_and_update();
+            capacity.borrow_and_update();
             let state = self.say_credit(&end, &mut said).await?;
             tokio::select! {
                 received = end.recv() => match received {
@@ -230,8 +240,9 @@ impl Intake {
                     }
                     Err(error) => return Err(error),
                 },
-                // The sender lives as long as the intake.
+                // The senders live as long as the intake.
                 _ = count.changed() => {}
+                Ok(()) = capacity.changed() => {}
                 () = self.ready.cancelled(), if state == WorkerState::Starting => {}
                 () = self.draining.cancelled(), if state != WorkerState::Draining => {}
             }
@@ -263,7 +274,7 @@ impl Intake {
         if !self.ready.is_cancelled() {
             return none(WorkerState::Starting);
         }
-        let limit = self.capacity.connections;
+        let limit = self.capacity.borrow().connections;
         let window = limit.saturating_sub(count).min(MAX_WINDOW);
         let reserve = (limit + MAX_RESERVE).saturating_sub(count).min(MAX_RESERVE);
         let state = if window == 0 {
@@ -309,26 +320,52 @@ impl Intake {
         self.say_credit(end, said).await?;
         // Where the master is gone, so is its descriptor: nobody else can serve the connection.
         tell(end, &ToMaster::Ack { seq }).await?;
-        self.serve(transport, handle, place, of_address);
+        self.serve(transport, handle, place, of_address, offer.known_by);
         Ok(())
     }
 
-    fn serve(&self, mut transport: Transport, handle: Arc<Handle>, place: Place, of_address: u32) {
+    fn serve(
+        &self,
+        mut transport: Transport,
+        handle: Arc<Handle>,
+        place: Place,
+        of_address: u32,
+        known_by: KnownBy,
+    ) {
         transport.hold(Box::new(place) as Box<dyn Any + Send>);
         let too_many = self
             .capacity
+            .borrow()
             .per_address
             .is_some_and(|limit| of_address > limit);
         let router = self.router.clone();
+        let complaints = self.complaints.clone();
         let service = hyper::service::service_fn(move |request: hyper::Request<Incoming>| {
             let (router, handle) = (router.clone(), handle.clone());
+            if known_by == KnownBy::Silence
+                && request.headers().contains_key("x-forwarded-for")
+                && complaints.allows()
+            {
+                tracing::warn!(
+                    event = "late_client",
+                    peer = %handle.peer().ip(),
+                    "a proxy opened a connection, and only later named its client on it: the client \
+                     may be on the wrong worker. Have the proxy connect when a request is there"
+                );
+            }
             async move {
                 if too_many {
-                    return Ok(refuse());
+                    return Ok::<_, Infallible>(refuse());
                 }
                 let mut request: Request = request.map(axum::body::Body::new);
                 request.extensions_mut().insert(handle);
-                router.oneshot(request).await
+                let mut response = router.oneshot(request).await?;
+                if known_by != KnownBy::Connection
+                    && response.status() != StatusCode::SWITCHING_PROTOCOLS
+                {
+                    close_after(&mut response);
+                }
+                Ok(response)
             }
         });
         let connection = hyper::server::conn::http1::Builder::new()
@@ -367,15 +404,22 @@ async fn tell(end: &WorkerEnd, frame: &ToMaster) -> Result<bool, HandoffError> {
     }
 }
 
-/// The answer to a connection too many from one address.
-fn refuse() -> Response {
-    let mut response = ApiError::too_many(Duration::from_secs(5)).into_response();
-    let headers = response.headers_mut();
-    headers.insert(
+/// Makes a response the last one on its connection.
+///
+/// A proxy may send the requests of several clients on one connection, and only the first came to
+/// the right worker under the right address. So there is no second.
+fn close_after(response: &mut Response) {
+    response.headers_mut().insert(
         http::header::CONNECTION,
         http::HeaderValue::from_static("close"),
     );
-    headers.insert(
+}
+
+/// The answer to a connection too many from one address.
+fn refuse() -> Response {
+    let mut response = ApiError::too_many(Duration::from_secs(5)).into_response();
+    close_after(&mut response);
+    response.headers_mut().insert(
         http::header::ACCESS_CONTROL_ALLOW_ORIGIN,
         http::HeaderValue::from_static("*"),
     );

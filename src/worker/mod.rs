@@ -18,24 +18,26 @@ pub mod ws_frames;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use base64::Engine as _;
 use base64::prelude::BASE64_URL_SAFE_NO_PAD;
 use parking_lot::Mutex;
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::ConfigError;
-use crate::cli::{LimitArgs, WorkerArgs};
+use crate::cli::{Cli, Command, LimitArgs, WorkerArgs};
 use crate::config;
 use crate::limits::KeyedBuckets;
 use crate::secret::JwtSecret;
+use crate::settings::Settings;
 use crate::signals::{Signals, Told};
 use crate::store::Store;
 use crate::store::redis::RedisStore;
 use crate::store::remote::ControlStore;
-use crate::systemd;
+use crate::{systemd, telemetry};
 use dispatch::Dispatch;
 use drain::Drain;
 use http::accounts::Attempts;
@@ -50,8 +52,7 @@ use socket::engine::Sessions;
 pub struct App {
     /// Who this worker is.
     pub identity: Identity,
-    /// The limits.
-    pub limits: LimitArgs,
+    limits: watch::Receiver<LimitArgs>,
     /// Users, channels, messages.
     pub store: Arc<dyn Store>,
     /// The store, where it is a Redis of its own.
@@ -76,6 +77,11 @@ pub struct App {
 }
 
 impl App {
+    /// The limits that count now.
+    pub fn limits(&self) -> LimitArgs {
+        *self.limits.borrow()
+    }
+
     /// Who a token belongs to.
     ///
     /// # Errors
@@ -94,7 +100,7 @@ impl App {
             ping_interval,
             ping_timeout,
             ..
-        } = self.limits;
+        } = self.limits();
         Duration::from_secs(u64::from(ping_interval) + u64::from(ping_timeout))
     }
 
@@ -122,7 +128,7 @@ impl App {
 ///
 /// # Errors
 /// If its secret or its directories are not to be had.
-pub async fn run(args: WorkerArgs) -> anyhow::Result<()> {
+pub async fn run(args: WorkerArgs, mut settings: Settings) -> anyhow::Result<()> {
     let mut signals = Signals::listen()?;
     let secret = JwtSecret::load(&args.secret).map_err(ConfigError::new)?;
     let runtime_dir = systemd::runtime_dir(&args.runtime)?;
@@ -150,9 +156,10 @@ pub async fn run(args: WorkerArgs) -> anyhow::Result<()> {
         Some(store) => store.clone(),
         None => Arc::new(ControlStore::new(link.clone())),
     };
+    let (limits, limits_rx) = watch::channel(args.limits);
     let app = Arc::new(App {
         identity: identity.clone(),
-        limits: args.limits.clone(),
+        limits: limits_rx,
         store: store.clone(),
         redis: redis.clone(),
         link: link.clone(),
@@ -166,6 +173,7 @@ pub async fn run(args: WorkerArgs) -> anyhow::Result<()> {
         serial: AtomicU64::new(0),
     });
     let connections = intake::Connections::new();
+    let (capacity, capacity_rx) = watch::channel(intake::Capacity::of(&args.limits));
     let dispatching = dispatch::Loop::new(dispatch.clone(), identity.clone(), link, store);
     tasks.spawn(dispatching.run(items, ready.clone(), stop.clone()));
     tasks.spawn({
@@ -184,26 +192,45 @@ pub async fn run(args: WorkerArgs) -> anyhow::Result<()> {
     let intake = intake::Intake {
         identity: identity.clone(),
         handoff: runtime_dir.join(systemd::HANDOFF_SOCKET),
-        capacity: intake::Capacity::of(args.limits.max_connections, args.limits.max_per_address),
+        capacity: capacity_rx,
         connections: connections.clone(),
         router: http::router(app.clone()),
         ready: ready.clone(),
         draining: draining.clone(),
+        complaints: Arc::new(telemetry::Throttle::per_minute(1)),
     };
     tracing::info!(
         event = "worker_started",
         worker = identity.worker,
         boot = identity.boot,
-        connections = intake.capacity.connections,
+        connections = capacity.borrow().connections,
         "the worker starts"
     );
     tasks.spawn(intake.run(stop.clone()));
     tasks.close();
 
+    let mut spread = drain_time(&args);
+    let mut apply = |cli: &Cli| {
+        let Command::Worker(new) = &cli.command else {
+            return;
+        };
+        let new_limits = LimitArgs {
+            // Clients were told these.
+            ping_interval: args.limits.ping_interval,
+            ping_timeout: args.limits.ping_timeout,
+            ..new.limits
+        };
+        limits.send_replace(new_limits);
+        app.attempts.set_rate(new_limits.auth_rate);
+        let creations = channels::creation_limit(new_limits.post_rate);
+        app.creations.lock().set_limit(creations, Instant::now());
+        capacity.send_replace(intake::Capacity::of(&new_limits));
+        spread = drain_time(new);
+    };
     let told = async {
         loop {
             match signals.next().await {
-                Told::Reload => {}
+                Told::Reload => settings.reload(&mut apply),
                 told => return told,
             }
         }
@@ -217,7 +244,6 @@ pub async fn run(args: WorkerArgs) -> anyhow::Result<()> {
         told = told => told,
         () = tasks.wait() => anyhow::bail!("a part of the worker stopped unexpectedly"),
     };
-    let spread = Duration::from_secs(args.drain.into());
     systemd::stopping(drain::bound(spread));
     draining.cancel();
     let drain = Drain {
@@ -236,4 +262,8 @@ pub async fn run(args: WorkerArgs) -> anyhow::Result<()> {
     stop.cancel();
     tasks.wait().await;
     Ok(())
+}
+
+fn drain_time(args: &WorkerArgs) -> Duration {
+    Duration::from_secs(args.drain.into())
 }

@@ -110,6 +110,9 @@ async function workerPid(number) {
   return (await processes()).find(({ args }) => args.endsWith(`banter worker ${number}`))?.pid;
 }
 
+/** The address of the host on the network that clients come by. */
+const bridge = () => docker('network', 'inspect', '-f', '{{(index .IPAM.Config 0).Gateway}}', `${PROJECT}_default`);
+
 /** Everything of this kind that is this project's. */
 async function remains(kind) {
   const list = { container: ['ps', '-a'], network: ['network', 'ls'], volume: ['volume', 'ls'] }[kind];
@@ -302,7 +305,7 @@ test('a deployment with docker-compose', { timeout: BUILD_DEADLINE + 900_000 }, 
     for (let host = 2; host < 14; host++) seen.add(await server.workerOfAddress(`127.0.0.${host}`));
     assert.strictEqual(seen.size, 1, 'twelve addresses of the host, one worker');
     const { name } = await server.register('neighbour', { localAddress: '127.0.0.2' });
-    const gateway = await docker('network', 'inspect', '-f', '{{(index .IPAM.Config 0).Gateway}}', `${PROJECT}_default`);
+    const gateway = await bridge();
     const log = await compose('logs', '--no-color', 'banter');
     const line = log.split('\n').find((one) => one.includes('registered') && one.includes(name));
     assert.ok(line?.includes(gateway), `${line}\nnames ${gateway}`);
@@ -394,6 +397,25 @@ test('a deployment with docker-compose', { timeout: BUILD_DEADLINE + 900_000 }, 
     }
     texts.push('one more');
     await everythingIsThere();
+  });
+
+  await step('a proxy on the host that is trusted tells who comes by the published port', async () => {
+    const workers = async () => {
+      const seen = new Set();
+      for (let host = 1; host < 13; host++) {
+        const headers = { 'x-forwarded-for': `192.0.2.${host}` };
+        const { status, json } = await server.api('GET', '/health', { headers });
+        assert.strictEqual(status, 200);
+        seen.add(json.worker);
+      }
+      return seen.size;
+    };
+    assert.strictEqual(await workers(), 1, 'not trusted');
+    const BANTER_TRUST_PROXY = await bridge();
+    configure({ ...settings, BANTER_TRUST_PROXY });
+    await compose('up', '-d');
+    await healthy();
+    assert.strictEqual(await workers(), WORKERS, 'trusted');
   });
 
   await step('`down` leaves nothing but the volume, and with -v not even that', async () => {

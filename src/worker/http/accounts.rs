@@ -60,7 +60,7 @@ struct Attempt<'a> {
 impl Attempts {
     /// `per_minute` registrations and failed logins, and as many at once; 0: no limit.
     pub fn new(per_minute: u32) -> Self {
-        let limit = Limit::new(f64::from(per_minute) / 60.0, per_minute);
+        let limit = Self::limit(per_minute);
         Self {
             buckets: Mutex::new(Buckets {
                 by_address: KeyedBuckets::new(limit, REMEMBERED),
@@ -69,6 +69,18 @@ impl Attempts {
             }),
             decided: Notify::new(),
         }
+    }
+
+    fn limit(per_minute: u32) -> Limit {
+        Limit::new(f64::from(per_minute) / 60.0, per_minute)
+    }
+
+    /// Allows so many from now on; what was counted stays counted.
+    pub fn set_rate(&self, per_minute: u32) {
+        let (limit, now) = (Self::limit(per_minute), Instant::now());
+        let mut buckets = self.buckets.lock();
+        buckets.by_address.set_limit(limit, now);
+        buckets.by_name.set_limit(limit, now);
     }
 
     /// Counts a registration.

@@ -33,9 +33,13 @@ const CREATORS: usize = 65_536;
 
 /// How many channels somebody may create: a twentieth of the posts that are allowed, for they
 /// stay, and everybody sees them.
+pub fn creation_limit(post_rate: u32) -> Limit {
+    Limit::new(f64::from(post_rate) / 20.0, post_rate.saturating_mul(3))
+}
+
+/// Nobody's creations yet.
 pub fn creations(post_rate: u32) -> KeyedBuckets<String> {
-    let limit = Limit::new(f64::from(post_rate) / 20.0, post_rate.saturating_mul(3));
-    KeyedBuckets::new(limit, CREATORS)
+    KeyedBuckets::new(creation_limit(post_rate), CREATORS)
 }
 
 /// A public channel, as the list shows it.

@@ -486,8 +486,8 @@ async fn answer_poll(
 pub fn socket_io(app: &App) -> (Inner, SocketIo) {
     let (service, io) = SocketIo::builder()
         .req_path("/socket.io")
-        .ping_interval(Duration::from_secs(app.limits.ping_interval.into()))
-        .ping_timeout(Duration::from_secs(app.limits.ping_timeout.into()))
+        .ping_interval(Duration::from_secs(app.limits().ping_interval.into()))
+        .ping_timeout(Duration::from_secs(app.limits().ping_timeout.into()))
         .connect_timeout(Duration::from_secs(10))
         .max_buffer_size(1024)
         .max_payload(MAX_PAYLOAD as u64)

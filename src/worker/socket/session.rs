@@ -194,6 +194,8 @@ pub struct Session {
     confirmed: i64,
     /// Whether a client that came back has been given everything that it missed.
     caught_up: bool,
+    /// What the next two go by.
+    post_rate: u32,
     posts: Bucket,
     /// Everything else that the registry or the store has work with.
     requests: Bucket,
@@ -222,8 +224,8 @@ impl Session {
         credentials: Credentials,
         inputs: (mpsc::Sender<Input>, mpsc::Receiver<Input>),
     ) -> Self {
-        let rate = app.limits.post_rate;
-        let limit = Limit::new(f64::from(rate), rate.saturating_mul(3));
+        let post_rate = app.limits().post_rate;
+        let limit = post_limit(post_rate);
         let connection = app.next_connection();
         Self {
             app,
@@ -235,6 +237,7 @@ impl Session {
             generation: 0,
             confirmed: 0,
             caught_up: false,
+            post_rate,
             posts: Bucket::new(limit),
             requests: Bucket::new(limit),
             typing: Bucket::new(Limit::new(TYPING.0, TYPING.1)),
@@ -460,6 +463,7 @@ impl Session {
     }
 
     async fn event(&mut self, name: &str, data: Option<Value>, ack: AckSender) {
+        self.follow_limits();
         let answer = match name {
             "message:post" => self.post(data).await,
             "user : left" => self.leave_channel(data).await,
@@ -471,6 +475,17 @@ impl Session {
         self.answer(ack, answer);
     }
 
+    /// Goes by the limits that count now.
+    fn follow_limits(&mut self) {
+        let post_rate = self.app.limits().post_rate;
+        if post_rate != self.post_rate {
+            self.post_rate = post_rate;
+            let (limit, now) = (post_limit(post_rate), Instant::now());
+            self.posts.set_limit(limit, now);
+            self.requests.set_limit(limit, now);
+        }
+    }
+
     fn answer(&self, ack: AckSender, answer: Result<Value, Refusal>) {
         match answer {
             Ok(answer) => self.wire.acknowledge(ack, &answer, SMALL_EVENT),
@@ -479,7 +494,7 @@ impl Session {
     }
 
     async fn post(&mut self, data: Option<Value>) -> Result<Value, Refusal> {
-        let post = Payload::new(data)?.post(self.app.limits.max_message)?;
+        let post = Payload::new(data)?.post(self.app.limits().max_message)?;
         self.must_be_in(&post.channel)?;
         self.posts
             .try_take(Instant::now())
@@ -642,7 +657,12 @@ impl Session {
             Some(id) => {
                 let oldest = page.messages.first().map_or(0, |message| message.id);
                 let full = page.messages.len() >= PAGE_LIMIT as usize;
-                let more = full && oldest > id + 1;
+                // Ids between the two need not exist.
+                let more = full && oldest > id + 1 && {
+                    let next = Range::After { id, limit: 1 };
+                    let next = self.app.store.read(channel, next).await?;
+                    next.messages.first().is_some_and(|next| next.id < oldest)
+                };
                 let missed = page.messages.into_iter().filter(|m| m.id > id).collect();
                 Ok((missed, page.last, more, false))
             }
@@ -695,6 +715,10 @@ impl Session {
             confirmed: Some(confirmed.max(self.confirmed)),
         }
     }
+}
+
+fn post_limit(per_second: u32) -> Limit {
+    Limit::new(f64::from(per_second), per_second.saturating_mul(3))
 }
 
 /// Secrets of sessions travel and are kept as digests only.
