@@ -30,7 +30,7 @@ BIN := $(TARGET_DIR)/release/banter
 # Root needs no sudo; without a terminal sudo must not ask.
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo -n)
 
-.PHONY: help run build install deb test test-unit test-clients test-redis test-systemd test-browser nix-check bench fmt lint advisories install-node install-test-deps install-browser-deps install-bench-deps
+.PHONY: help run build install deb test test-unit test-clients test-redis test-systemd test-browser test-compose nix-check bench fmt lint advisories install-node install-test-deps install-browser-deps install-bench-deps
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 20
@@ -81,6 +81,10 @@ test-browser: install-test-deps install-browser-deps build ## Use the chat page 
 nix-check: install-nix ## Check what there is for Nix; NIXPKGS_LIB=/path/of/a/nixpkgs evaluates it too
 	@command -v python3 >/dev/null || $(MAKE) install-python
 	NIXPKGS_LIB="$(NIXPKGS_LIB)" python3 -B tests/nix/check.py
+
+test-compose: install-test-deps ## Run docker-compose.yml (needs a Docker engine; not part of `test`)
+	@docker version >/dev/null || { echo "make test-compose: needs a Docker engine, and Compose; on Debian: apt-get install docker.io docker-compose" >&2; exit 1; }
+	node --test --test-reporter=spec tests/compose/compose.test.js
 
 install-node: ## Install Node.js where it is missing
 	@if ! { command -v node && command -v npm; } >/dev/null; then

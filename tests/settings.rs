@@ -1,5 +1,6 @@
 //! The table of settings in README.md is what the program says of itself, and the options of the NixOS
 //! module (`nix/settings.nix`) are about settings that there are, with their defaults.
+//! So are those in `.env.example`, for docker-compose.yml.
 //!
 //! To bring it up to date: `BANTER_UPDATE_README=1 cargo test --test settings`.
 
@@ -13,6 +14,18 @@ use std::process::Command;
 const COMMANDS: [&str; 5] = ["serve", "master", "worker", "health", "migrate"];
 const BEGIN: &str = "<!-- settings: written by tests/settings.rs from the program's own help -->\n";
 const END: &str = "<!-- end of settings -->\n";
+
+/// What docker-compose.yml and the image decide on, and nobody else.
+const FIXED_IN_COMPOSE: [&str; 6] = [
+    "BANTER_CONFIG",
+    "REDIS_URL",
+    "REDIS_HOST",
+    "REDIS_PORT",
+    "BANTER_STATE_DIR",
+    "BANTER_JWT_SECRET_FILE",
+];
+/// What docker-compose.yml makes of a variable of its own.
+const ONLY_IN_COMPOSE: &str = "REDIS_PASSWORD";
 
 /// Settings without an option of the NixOS module: units, systemd or other options take care of them.
 const WITHOUT_OPTION: [&str; 7] = [
@@ -238,4 +251,41 @@ fn a_line_of_help_is_read_with_all_its_parts() {
     assert_eq!(setting.default.as_deref(), Some("8000"));
     assert_eq!(setting.meaning, "Listens [here]");
     assert_eq!(Setting::parse("  -h, --help   Print help"), None);
+}
+
+/// The name and value of a line such as `#PORT=8000`.
+fn assignment(line: &str) -> Option<(&str, &str)> {
+    let (name, value) = line.strip_prefix('#').unwrap_or(line).split_once('=')?;
+    let is_name = |c: char| c.is_ascii_uppercase() || c.is_ascii_digit() || c == '_';
+    (!name.is_empty() && name.chars().all(is_name)).then_some((name, value))
+}
+
+#[test]
+fn the_example_for_compose_has_all_settings_and_no_others() {
+    let (example, compose) = (file(".env.example"), file("docker-compose.yml"));
+    let mut expected: BTreeMap<String, String> = settings("serve")
+        .into_iter()
+        .filter_map(|setting| Some((setting.variable?, setting.default.unwrap_or_default())))
+        .collect();
+    for fixed in FIXED_IN_COMPOSE {
+        assert!(expected.remove(fixed).is_some(), "{fixed} is no setting");
+        assert!(example.contains(fixed), ".env.example is silent on {fixed}");
+    }
+    expected.insert(ONLY_IN_COMPOSE.to_owned(), String::new());
+
+    let shown: Vec<_> = example.lines().filter_map(assignment).collect();
+    let by_name: BTreeMap<String, String> = shown
+        .iter()
+        .map(|&(name, value)| (name.to_owned(), value.to_owned()))
+        .collect();
+    assert_eq!(by_name, expected, ".env.example, with the defaults");
+    assert_eq!(by_name.len(), shown.len(), ".env.example says one twice");
+    for name in expected.keys() {
+        let passed_on = compose.contains(&format!("\n      {name}:\n"));
+        let interpolated = compose.contains(&format!("${{{name}:"));
+        assert!(
+            passed_on || interpolated,
+            "docker-compose.yml does not pass {name} on"
+        );
+    }
 }

@@ -8,7 +8,7 @@ const http = require('node:http');
  * `headers` win over both. Gives `{status, headers, text, json}`, json undefined if it is none.
  */
 function request(port, method, path, options = {}) {
-  const { token, body, localAddress = '127.0.0.1', agent = false, deadline = 30_000 } = options;
+  const { token, body, host = '127.0.0.1', localAddress = '127.0.0.1', agent = false, deadline = 30_000 } = options;
   const headers = { ...options.headers };
   const has = (name) => Object.keys(headers).some((key) => key.toLowerCase() === name);
   let payload;
@@ -21,7 +21,7 @@ function request(port, method, path, options = {}) {
   if (token !== undefined && !has('authorization')) headers.authorization = `Bearer ${token}`;
   return new Promise((resolve, reject) => {
     const req = http.request(
-      { host: '127.0.0.1', port, method, path, headers, localAddress, agent, timeout: deadline },
+      { host, port, method, path, headers, localAddress, agent, timeout: deadline },
       (res) => {
         const chunks = [];
         res.on('data', (chunk) => chunks.push(chunk));
