@@ -4,8 +4,10 @@ use std::env;
 use std::fmt;
 use std::io::{self, IsTerminal};
 use std::sync::OnceLock;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
+use parking_lot::Mutex;
 use tracing_journald::{Priority, PriorityMappings};
 use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::time::{FormatTime, SystemTime};
@@ -21,12 +23,13 @@ use crate::ConfigError;
 /// speaks where several processes share a terminal or journal: `master`, `worker 1`.
 ///
 /// The journal gets every field of an event as `BANTER_…`, so that
-/// `journalctl BANTER_WORKER=1` finds what has `worker = 1`.
+/// `journalctl BANTER_USER=ann` finds what has `user = "ann"`; and everything that the process of a
+/// worker says has its number as `BANTER_WORKER`.
 ///
 /// # Errors
 ///
 /// [`ConfigError`] if `filter` cannot be parsed; any other if logging is set up already.
-pub fn init(filter: &str, role: &str) -> anyhow::Result<()> {
+pub fn init(filter: &str, role: &str, worker: Option<u32>) -> anyhow::Result<()> {
     let (filter, handle) = reload::Layer::new(parse_filter(filter)?);
     let registry = tracing_subscriber::registry().with(filter);
     let journal = if stderr_is_journal() {
@@ -34,6 +37,8 @@ pub fn init(filter: &str, role: &str) -> anyhow::Result<()> {
     } else {
         None
     };
+    let mut fields = vec![("BANTER_ROLE", role.to_owned())];
+    fields.extend(worker.map(|number| ("BANTER_WORKER", number.to_string())));
     let set_up = match journal {
         Some(journal) => registry
             .with(
@@ -46,7 +51,7 @@ pub fn init(filter: &str, role: &str) -> anyhow::Result<()> {
                         debug: Priority::Debug,
                         ..PriorityMappings::new()
                     })
-                    .with_custom_fields([("BANTER_ROLE", role)]),
+                    .with_custom_fields(fields),
             )
             .try_init(),
         None => registry
@@ -92,6 +97,56 @@ pub fn set_filter(filter: &str) -> Result<(), ConfigError> {
 /// [`ConfigError`] if not.
 pub fn check_filter(filter: &str) -> Result<(), ConfigError> {
     parse_filter(filter).map(drop)
+}
+
+/// How often the same is worth a line.
+const SPARSE: Duration = Duration::from_secs(10);
+
+/// Lets through one of many events that anybody can bring about as often as they like, and counts the
+/// others.
+#[derive(Debug)]
+pub struct Sparse(Mutex<(Option<Instant>, u64)>);
+
+impl Sparse {
+    /// Lets the first one through.
+    pub const fn new() -> Self {
+        Self(Mutex::new((None, 0)))
+    }
+
+    /// Whether to tell of an event: how many there have been since the last one that was told of.
+    pub fn tell(&self, now: Instant) -> Option<u64> {
+        let (told, more) = &mut *self.0.lock();
+        if told.is_some_and(|told| now.saturating_duration_since(told) < SPARSE) {
+            *more += 1;
+            return None;
+        }
+        *told = Some(now);
+        Some(std::mem::take(more))
+    }
+}
+
+impl Default for Sparse {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// Logs that somebody came up against a limit: `limit_hit!("BANTER_…", fields…)`. Once in a while only, with
+/// how often it happened meanwhile.
+#[macro_export]
+macro_rules! limit_hit {
+    ($setting:literal, $($field:tt)*) => {{
+        static SPARSE: $crate::telemetry::Sparse = $crate::telemetry::Sparse::new();
+        if let Some(more) = SPARSE.tell(std::time::Instant::now()) {
+            tracing::warn!(
+                event = "limit_hit",
+                limit = $setting,
+                more,
+                $($field)*,
+                "a limit refuses something"
+            );
+        }
+    }};
 }
 
 /// What begins a line: the time, and who speaks.
@@ -172,6 +227,17 @@ mod tests {
             parse_filter("").unwrap().to_string(),
             parse_filter("info").unwrap().to_string()
         );
+    }
+
+    #[test]
+    fn of_many_events_one_is_told_of_now_and_then() {
+        let sparse = Sparse::new();
+        let now = Instant::now();
+        assert_eq!(sparse.tell(now), Some(0));
+        assert_eq!(sparse.tell(now), None);
+        assert_eq!(sparse.tell(now + SPARSE / 2), None);
+        assert_eq!(sparse.tell(now + SPARSE), Some(2));
+        assert_eq!(sparse.tell(now + SPARSE), None);
     }
 
     #[test]

@@ -10,25 +10,33 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::router::{Accepted, RouterHandle};
+use crate::pulse::{self, Pulse};
 use crate::routing::{self, RoutingKey};
 
 /// Accepts until stopped, or until the router has. What is accepted by then goes to the router all the
-/// same, and is counted in `under_way` until it has been handed over.
+/// same, and is counted in `under_way` until it has been handed over. `pulse` beats meanwhile.
 pub async fn run(
     listener: TcpListener,
     router: RouterHandle,
     mut gate: watch::Receiver<bool>,
+    pulse: Pulse,
     under_way: TaskTracker,
     stop: CancellationToken,
 ) {
+    let mut beat = tokio::time::interval(pulse::BEAT);
+    beat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         let accepted = tokio::select! {
             biased;
-            () = stop.cancelled() => return,
+            () = stop.cancelled() => break,
+            _ = beat.tick() => {
+                pulse.beat();
+                continue;
+            }
             accepted = accept(&listener, &mut gate) => accepted,
         };
         let Some((stream, peer)) = accepted else {
-            return;
+            break;
         };
         let stream = match stream.into_std() {
             Ok(stream) => stream.into(),
@@ -47,9 +55,10 @@ pub async fn run(
             under_way: under_way.token(),
         };
         if router.route(accepted).await.is_none() {
-            return;
+            break;
         }
     }
+    pulse.rest();
 }
 
 /// The next connection, once there may be one; `None` if there will be none any more. Cancel safe.

@@ -22,7 +22,7 @@ const MAX_BACKLOG: u64 = 4 * 1024 * 1024;
 const POLL_PROBE: Duration = Duration::from_millis(2_500);
 
 /// How long a connection that is to be closed is waited for: to be answered, and to take the answer.
-const LAST_WORDS: Duration = Duration::from_millis(500);
+pub const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// How often it is looked at meanwhile. Longer than an answer takes from the queue to the kernel.
 const LOOK: Duration = Duration::from_millis(10);
@@ -182,7 +182,7 @@ impl Connection {
     }
 
     /// Closes the transport, as [`Connection::kill`] does, as soon as everything that the client has
-    /// asked is answered and the answers are on their way; after half a second in any case.
+    /// asked is answered and the answers are on their way; after [`LAST_WORDS`] in any case.
     pub async fn close(&self) {
         let deadline = Instant::now() + LAST_WORDS;
         let mut settled = false;
