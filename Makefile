@@ -9,7 +9,9 @@ MAKEFLAGS += --no-print-directory
 
 CARGO ?= cargo
 CARGO_DENY_VERSION := 0.20.2
+CARGO_DEB_VERSION := 3.8.0
 CLIENTS := tests/clients
+BROWSER := tests/browser
 PEER := benches/chat
 TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
 # What is installed in a folder stays until its lock file says something else.
@@ -26,7 +28,7 @@ BIN := $(TARGET_DIR)/release/banter
 # Root needs no sudo; without a terminal sudo must not ask.
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo -n)
 
-.PHONY: help run build install test test-unit test-clients test-redis test-systemd bench fmt lint advisories install-node install-test-deps install-bench-deps
+.PHONY: help run build install deb test test-unit test-clients test-redis test-systemd test-browser nix-check bench fmt lint advisories install-node install-test-deps install-browser-deps install-bench-deps
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 20
@@ -37,7 +39,7 @@ run: ## Build and run a server on port 8000 (make run ARGS="--port 9000 --worker
 build: ## Build the binary that the client tests run
 	@$(CARGO) build --locked
 
-test: test-unit test-clients test-redis test-systemd ## Run all tests
+test: test-unit test-clients test-redis test-systemd test-browser ## Run all tests
 
 test-unit: install-redis-server ## Run the tests of the crate
 	@log=$$(mktemp)
@@ -59,9 +61,18 @@ test-redis: install-test-deps build ## Run them with Redis as the store, which m
 		BANTER_TEST_WORKERS=$$workers node $(CLIENTS)/run.js $(CLIENTS)/chat.test.js $(CLIENTS)/order.test.js
 	done
 
-test-systemd: install-test-deps install-systemd-container build ## Run the units under a real systemd, on machines of their own (root)
+test-systemd: install-test-deps install-systemd-container install-cargo-deb install-python build ## Run the units under a real systemd, on machines of their own (root)
 	@export BANTER_BIN="$${BANTER_BIN:-$(abspath $(TARGET_DIR))/debug/banter}"
-	$(SUDO) env "PATH=$$PATH" BANTER_BIN="$$BANTER_BIN" node tests/systemd/run.js $(FILES)
+	# cargo, which makes the package, finds its toolchain by HOME.
+	$(SUDO) env "PATH=$$PATH" "HOME=$$HOME" BANTER_BIN="$$BANTER_BIN" node tests/systemd/run.js $(FILES)
+
+test-browser: install-test-deps install-browser-deps build ## Use the chat page in a real browser; pictures of it are left in target/browser
+	@export BANTER_BIN="$${BANTER_BIN:-$(abspath $(TARGET_DIR))/debug/banter}"
+	node $(CLIENTS)/run.js $(or $(FILES),$(wildcard $(BROWSER)/*.test.js))
+
+nix-check: install-nix ## Check what there is for Nix; NIXPKGS_LIB=/path/of/a/nixpkgs evaluates it too
+	@command -v python3 >/dev/null || $(MAKE) install-python
+	NIXPKGS_LIB="$(NIXPKGS_LIB)" python3 -B tests/nix/check.py
 
 install-node: ## Install Node.js where it is missing
 	@if ! { command -v node && command -v npm; } >/dev/null; then
@@ -69,8 +80,16 @@ install-node: ## Install Node.js where it is missing
 	fi
 	node -e 'const [a, b] = process.versions.node.split("."); if (a < 18 || (a == 18 && b < 19)) { console.error("Node.js 18.19 or newer is needed, this is " + process.version); process.exit(1); }'
 
-install-test-deps: install-node install-redis-server ## Install what the tests need, where it is missing
+install-test-deps: install-node install-redis-server install-proxies ## Install what the tests need, where it is missing
 	@$(call npm-ci,$(CLIENTS))
+
+# Without a font for emoji the pictures show boxes.
+install-browser-deps: install-node ## Install a browser, and what drives it, where they are missing
+	@missing=
+	[ -x "$${CHROMIUM:-/usr/bin/chromium}" ] || missing="chromium"
+	[ -e /usr/share/fonts/truetype/noto/NotoColorEmoji.ttf ] || missing="$$missing fonts-noto-color-emoji"
+	[ -z "$$missing" ] || $(MAKE) apt-install PACKAGES="$$missing"
+	$(call npm-ci,$(BROWSER))
 
 install-bench-deps: install-node ## Install the benchmark's peer
 	@$(call npm-ci,$(PEER))
@@ -90,18 +109,45 @@ install: $(BIN) ## Install binary and units (PREFIX=/usr/local, DESTDIR=); READM
 	install -Dm 644 systemd/sysusers.conf "$$lib/sysusers.d/banter.conf"
 	install -Dm 644 systemd/tmpfiles.conf "$$lib/tmpfiles.d/banter.conf"
 	install -Dm 644 systemd/redis-tcp.conf -t "$(DESTDIR)$(PREFIX)/share/doc/banter/examples"
+	install -Dm 644 README.md CHANGELOG.md LICENSE -t "$(DESTDIR)$(PREFIX)/share/doc/banter"
 	# An operator's settings stay.
 	[ -e "$$etc/banter.conf" ] || install -Dm 640 systemd/banter.conf "$$etc/banter.conf"
+
+deb: install-cargo-deb ## Build a Debian package, in target/debian
+	@$(CARGO) deb --locked
 
 $(TARGET_DIR)/release/banter:
 	@$(CARGO) build --release --locked
 
-.PHONY: install-redis-server install-systemd-container apt-install
+.PHONY: install-redis-server install-systemd-container install-cargo-deb install-python install-nix install-proxies apt-install
+# Unoptimised, and without what is not needed, it builds in half a minute; the work is xz's and strip's.
+install-cargo-deb:
+	@command -v dpkg-shlibdeps >/dev/null || $(MAKE) apt-install PACKAGES=dpkg-dev
+	if [ "$$($(CARGO) deb --version 2>/dev/null)" != "cargo-deb $(CARGO_DEB_VERSION)" ]; then
+		echo "installing cargo-deb $(CARGO_DEB_VERSION)"
+		$(CARGO) install --locked --quiet --debug --no-default-features cargo-deb --version $(CARGO_DEB_VERSION) --config profile.dev.debug=0
+	fi
+
 install-systemd-container:
 	@command -v systemd-nspawn >/dev/null || $(MAKE) apt-install PACKAGES=systemd-container
 
+# The machines of the tests have only the system's own.
+install-python:
+	@PATH=/usr/local/bin:/usr/bin:/bin command -v python3 >/dev/null || $(MAKE) apt-install PACKAGES=python3
+
+install-nix:
+	@command -v nix-instantiate >/dev/null || $(MAKE) apt-install PACKAGES=nix-bin
+
 install-redis-server:
 	@command -v redis-server >/dev/null || $(MAKE) apt-install PACKAGES=redis-server
+
+install-proxies:
+	@PATH="$$PATH:/usr/sbin"
+	missing=
+	for program in nginx haproxy caddy; do
+		command -v "$$program" >/dev/null || missing="$$missing $${program/#nginx/nginx-light}"
+	done
+	[ -z "$$missing" ] || $(MAKE) apt-install PACKAGES="$${missing# }"
 
 apt-install:
 	@command -v apt-get >/dev/null || { echo "these are missing, and there is no apt-get to install them with: $(PACKAGES)" >&2; exit 1; }

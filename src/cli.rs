@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::proxy::Trusted;
+
 /// A self-hosted chat server.
 #[derive(Debug, Parser)]
 #[command(name = "banter", version, about, disable_help_subcommand = true)]
@@ -117,6 +119,22 @@ pub struct SecretArgs {
     pub jwt_secret_file: Option<PathBuf>,
 }
 
+/// Proxies in front.
+#[derive(Debug, Clone, Args)]
+pub struct ProxyArgs {
+    /// Networks whose PROXY headers and X-Forwarded-For are believed, with commas between them;
+    /// may be given several times. Default: none.
+    #[arg(long, env = "BANTER_TRUST_PROXY", value_name = "CIDR")]
+    pub trust_proxy: Vec<Trusted>,
+}
+
+impl ProxyArgs {
+    /// All of them.
+    pub fn trusted(&self) -> Trusted {
+        self.trust_proxy.iter().cloned().collect()
+    }
+}
+
 /// Limits; 0 switches one off.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Args)]
 pub struct LimitArgs {
@@ -190,6 +208,9 @@ pub struct ServeArgs {
     pub secret: SecretArgs,
     #[command(flatten)]
     #[allow(missing_docs)]
+    pub proxy: ProxyArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
     pub limits: LimitArgs,
 }
 
@@ -208,6 +229,9 @@ pub struct MasterArgs {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub runtime: RuntimeArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub proxy: ProxyArgs,
     #[command(flatten)]
     #[allow(missing_docs)]
     pub limits: LimitArgs,

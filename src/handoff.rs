@@ -34,7 +34,7 @@ use tokio::io::Interest;
 use tokio::net::{UnixListener, UnixStream};
 
 /// The version of the frames, as a worker states it in [`ToMaster::Hello`].
-pub const PROTOCOL: u32 = 1;
+pub const PROTOCOL: u32 = 2;
 
 /// The most bytes of a frame.
 pub const MAX_FRAME: usize = 1024;
@@ -75,8 +75,24 @@ pub struct Offer {
     pub peer: SocketAddr,
     /// The client's address: the peer's, or what a trusted proxy says.
     pub client: IpAddr,
+    /// How that address is known.
+    pub known_by: KnownBy,
     /// When the master sent it ([`monotonic_millis`]).
     pub at: u64,
+}
+
+/// How the master knows a client's address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum KnownBy {
+    /// By the connection: its peer is no proxy, or began with a PROXY header. All that comes on it is
+    /// this client's.
+    Connection,
+    /// By the first request, in which a trusted proxy named its client, or nobody. The next request
+    /// on this connection could be somebody else's.
+    Request,
+    /// By nothing: a trusted proxy had not said in time whom it speaks for. Its own address counts.
+    Silence,
 }
 
 impl Offer {
@@ -658,6 +674,7 @@ mod tests {
             seq,
             peer,
             client: peer.ip(),
+            known_by: KnownBy::Connection,
             at: monotonic_millis(),
         }
     }
@@ -695,6 +712,7 @@ mod tests {
             seq: 7,
             peer,
             client: peer.ip(),
+            known_by: KnownBy::Connection,
             at: monotonic_millis(),
         };
         master
@@ -1098,6 +1116,11 @@ mod tests {
             seq in any::<u64>(),
             peer in addresses(),
             client in any::<IpAddr>(),
+            known_by in prop_oneof![
+                Just(KnownBy::Connection),
+                Just(KnownBy::Request),
+                Just(KnownBy::Silence),
+            ],
             at in any::<u64>(),
         ) {
             let runtime =
@@ -1106,7 +1129,7 @@ mod tests {
                 let (master, worker, _dir) = pair().await;
                 worker.send(&frame).await.unwrap();
                 prop_assert_eq!(master.recv().await.unwrap(), Some(frame));
-                let offer = Offer { seq, peer, client, at };
+                let offer = Offer { seq, peer, client, known_by, at };
                 master.send(&ToWorker::Offer(offer.clone()), null().as_fd()).await.unwrap();
                 prop_assert_eq!(worker.recv().await.unwrap().map(|(offer, _)| offer), Some(offer));
                 Ok(())

@@ -11,6 +11,7 @@ pub mod health;
 pub mod limits;
 pub mod master;
 pub mod presence;
+pub mod proxy;
 pub mod pulse;
 pub mod routing;
 pub mod secret;

@@ -26,7 +26,7 @@ const MAX_FILE: usize = 1024 * 1024;
 const LOG: &str = "RUST_LOG";
 
 /// Settings that count as soon as they are reloaded, by their variables.
-pub const RELOADABLE: [&str; 8] = [
+pub const RELOADABLE: [&str; 9] = [
     LOG,
     "BANTER_AUTH_RATE",
     "BANTER_POST_RATE",
@@ -35,6 +35,7 @@ pub const RELOADABLE: [&str; 8] = [
     "BANTER_MAX_MESSAGE",
     "BANTER_GRACE",
     "BANTER_DRAIN",
+    "BANTER_TRUST_PROXY",
 ];
 
 /// Why there are no settings.
@@ -434,7 +435,11 @@ mod tests {
     fn what_can_be_reloaded_are_settings() {
         let mut command = Cli::command();
         for name in RELOADABLE {
-            let value = if name == LOG { "info" } else { "1" };
+            let value = match name {
+                LOG => "info",
+                "BANTER_TRUST_PROXY" => "10.0.0.0/8,192.0.2.1",
+                _ => "1",
+            };
             assert_eq!(set_default(&mut command, name, value), Ok(true), "{name}");
         }
         command.debug_assert();

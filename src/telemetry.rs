@@ -4,7 +4,7 @@ use std::env;
 use std::fmt;
 use std::io::{self, IsTerminal};
 use std::sync::OnceLock;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::Context;
 use parking_lot::Mutex;
@@ -16,6 +16,24 @@ use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, Registry, reload};
 
 use crate::ConfigError;
+use crate::limits::{Bucket, Limit};
+
+/// Keeps lines that strangers can cause from filling the log.
+#[derive(Debug)]
+pub struct Throttle(Mutex<Bucket>);
+
+impl Throttle {
+    /// Lets `lines` a minute through, and as many at once.
+    pub fn per_minute(lines: u32) -> Self {
+        let limit = Limit::new(f64::from(lines) / 60.0, lines);
+        Self(Mutex::new(Bucket::new(limit)))
+    }
+
+    /// Whether one more line may be written.
+    pub fn allows(&self) -> bool {
+        self.0.lock().try_take(Instant::now()).is_ok()
+    }
+}
 
 /// Sets up logging for the whole process; once, at its start.
 ///
@@ -99,49 +117,17 @@ pub fn check_filter(filter: &str) -> Result<(), ConfigError> {
     parse_filter(filter).map(drop)
 }
 
-/// How often the same is worth a line.
-const SPARSE: Duration = Duration::from_secs(10);
-
-/// Lets through one of many events that anybody can bring about as often as they like, and counts the
-/// others.
-#[derive(Debug)]
-pub struct Sparse(Mutex<(Option<Instant>, u64)>);
-
-impl Sparse {
-    /// Lets the first one through.
-    pub const fn new() -> Self {
-        Self(Mutex::new((None, 0)))
-    }
-
-    /// Whether to tell of an event: how many there have been since the last one that was told of.
-    pub fn tell(&self, now: Instant) -> Option<u64> {
-        let (told, more) = &mut *self.0.lock();
-        if told.is_some_and(|told| now.saturating_duration_since(told) < SPARSE) {
-            *more += 1;
-            return None;
-        }
-        *told = Some(now);
-        Some(std::mem::take(more))
-    }
-}
-
-impl Default for Sparse {
-    fn default() -> Self {
-        Self::new()
-    }
-}
-
-/// Logs that somebody came up against a limit: `limit_hit!("BANTER_…", fields…)`. Once in a while only, with
-/// how often it happened meanwhile.
+/// Logs that somebody came up against a limit: `limit_hit!("BANTER_…", fields…)`; six times a minute at most
+/// in each place.
 #[macro_export]
 macro_rules! limit_hit {
     ($setting:literal, $($field:tt)*) => {{
-        static SPARSE: $crate::telemetry::Sparse = $crate::telemetry::Sparse::new();
-        if let Some(more) = SPARSE.tell(std::time::Instant::now()) {
+        static THROTTLE: std::sync::LazyLock<$crate::telemetry::Throttle> =
+            std::sync::LazyLock::new(|| $crate::telemetry::Throttle::per_minute(6));
+        if THROTTLE.allows() {
             tracing::warn!(
                 event = "limit_hit",
                 limit = $setting,
-                more,
                 $($field)*,
                 "a limit refuses something"
             );
@@ -227,17 +213,6 @@ mod tests {
             parse_filter("").unwrap().to_string(),
             parse_filter("info").unwrap().to_string()
         );
-    }
-
-    #[test]
-    fn of_many_events_one_is_told_of_now_and_then() {
-        let sparse = Sparse::new();
-        let now = Instant::now();
-        assert_eq!(sparse.tell(now), Some(0));
-        assert_eq!(sparse.tell(now), None);
-        assert_eq!(sparse.tell(now + SPARSE / 2), None);
-        assert_eq!(sparse.tell(now + SPARSE), Some(2));
-        assert_eq!(sparse.tell(now + SPARSE), None);
     }
 
     #[test]

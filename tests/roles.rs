@@ -15,7 +15,7 @@ use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
-use banter::handoff::{self, Listener, MasterEnd, Offer, ToMaster, ToWorker};
+use banter::handoff::{self, KnownBy, Listener, MasterEnd, Offer, ToMaster, ToWorker};
 use common::{DEADLINE, Place, ask_health, read_all, read_one, until};
 use rustix::process::Signal;
 
@@ -149,6 +149,7 @@ fn a_worker_serves_what_it_was_offered_by_a_master_that_is_gone_but_not_what_oth
                 peer,
                 client: peer.ip(),
                 at,
+                known_by: KnownBy::Connection,
             };
             end.try_send(&ToWorker::Offer(offer), socket.as_fd())
                 .unwrap();

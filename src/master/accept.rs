@@ -2,25 +2,23 @@
 //! not accepted waits in the kernel's backlog, which a dying master does not take along.
 
 use std::net::SocketAddr;
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
-use tokio_util::task::TaskTracker;
 
-use super::router::{Accepted, RouterHandle};
+use super::peek::Lookout;
 use crate::pulse::{self, Pulse};
-use crate::routing::{self, RoutingKey};
 
-/// Accepts until stopped, or until the router has. What is accepted by then goes to the router all the
-/// same, and is counted in `under_way` until it has been handed over. `pulse` beats meanwhile.
+/// Accepts until stopped, or until the router has. What is accepted by then goes on its way all the
+/// same. `pulse` beats meanwhile.
 pub async fn run(
     listener: TcpListener,
-    router: RouterHandle,
+    lookout: Arc<Lookout>,
     mut gate: watch::Receiver<bool>,
     pulse: Pulse,
-    under_way: TaskTracker,
     stop: CancellationToken,
 ) {
     let mut beat = tokio::time::interval(pulse::BEAT);
@@ -38,23 +36,7 @@ pub async fn run(
         let Some((stream, peer)) = accepted else {
             break;
         };
-        let stream = match stream.into_std() {
-            Ok(stream) => stream.into(),
-            Err(error) => {
-                tracing::warn!(%error, "an accepted connection was lost");
-                continue;
-            }
-        };
-        let client = routing::canonical(peer.ip());
-        let accepted = Accepted {
-            stream,
-            peer,
-            client,
-            key: RoutingKey::of(client),
-            since: Instant::now(),
-            under_way: under_way.token(),
-        };
-        if router.route(accepted).await.is_none() {
+        if lookout.admit(stream, peer).await.is_none() {
             break;
         }
     }

@@ -848,7 +848,7 @@ async fn serve_stream(
 
 #[cfg(test)]
 mod tests {
-    use super::super::{accept, router};
+    use super::super::{accept, peek, refusal, router};
     use super::*;
 
     /// A cluster beside these loops.
@@ -881,18 +881,21 @@ mod tests {
     #[tokio::test]
     async fn router_and_accept_loop_show_that_they_live_with_nothing_to_do() {
         let (tasks, stop) = (TaskTracker::new(), CancellationToken::new());
-        let (handle, gate, traffic) = router::spawn(&tasks, Arc::default(), stop.clone());
+        let refusals = refusal::Refusals::default();
+        let (router, gate, traffic) =
+            router::spawn(&tasks, Arc::default(), refusals.clone(), stop.clone());
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let accepting = Pulse::silent();
-        let under_way = TaskTracker::new();
-        let loops = accept::run(
-            listener,
-            handle,
-            gate,
-            accepting.clone(),
-            under_way,
-            stop.clone(),
-        );
+        let lookout = peek::Lookout::new(peek::Settings {
+            trusted: watch::channel(Arc::default()).1,
+            router,
+            refusals,
+            tasks: tasks.clone(),
+            under_way: TaskTracker::new(),
+            accept_no_more: stop.clone(),
+            stop: stop.clone(),
+        });
+        let loops = accept::run(listener, lookout, gate, accepting.clone(), stop.clone());
         tasks.spawn(loops);
         let begin = Instant::now();
         // Not merely from its begin.

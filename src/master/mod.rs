@@ -2,6 +2,7 @@
 //! embedded store, the database.
 //!
 //! - [`accept`] takes connections from the listening sockets while somebody can serve them;
+//! - [`peek`] finds out for whom a trusted proxy speaks;
 //! - [`router`] chooses a worker for each and passes it on, and takes back what was not received;
 //! - [`registry`] decides who is online and where (pure);
 //! - [`cluster`] runs it: the control streams of the workers, what they ask, what they are told.
@@ -9,6 +10,8 @@
 pub mod accept;
 pub mod affinity;
 pub mod cluster;
+pub mod peek;
+pub mod refusal;
 pub mod registry;
 pub mod router;
 pub mod status;
@@ -26,6 +29,7 @@ use crate::ConfigError;
 use crate::cli::{Cli, Command, MasterArgs};
 use crate::handoff;
 use crate::presence::Numbered;
+use crate::proxy::Trusted;
 use crate::pulse::Pulse;
 use crate::settings::Settings;
 use crate::signals::{Signals, Told};
@@ -58,10 +62,23 @@ pub async fn run(args: MasterArgs, mut settings: Settings) -> anyhow::Result<()>
     let (stop, accept_no_more) = (CancellationToken::new(), CancellationToken::new());
     let (tasks, under_way) = (TaskTracker::new(), TaskTracker::new());
     let affinity = Arc::new(affinity::Affinity::default());
-    let (router, gate, traffic) = router::spawn(&tasks, affinity.clone(), stop.clone());
+    let refusals = refusal::Refusals::default();
+    let (router, gate, traffic) =
+        router::spawn(&tasks, affinity.clone(), refusals.clone(), stop.clone());
     let handoff = handoff::Listener::from_fd(sockets.handoff)
         .context("the hand-off socket cannot be used")?;
     tasks.spawn(router::serve_workers(handoff, router.clone(), stop.clone()));
+    let trusted = watch::Sender::new(Arc::new(Trusted::default()));
+    trust(&trusted, &args);
+    let lookout = peek::Lookout::new(peek::Settings {
+        trusted: trusted.subscribe(),
+        router: router.clone(),
+        refusals,
+        tasks: tasks.clone(),
+        under_way: under_way.clone(),
+        accept_no_more: accept_no_more.clone(),
+        stop: stop.clone(),
+    });
     let mut pulses = vec![traffic.pulse.clone()];
     for listener in sockets.clients {
         let pulse = Pulse::new();
@@ -70,10 +87,9 @@ pub async fn run(args: MasterArgs, mut settings: Settings) -> anyhow::Result<()>
             .context("a listening socket cannot be used")?;
         tasks.spawn(accept::run(
             listener,
-            router.clone(),
+            lookout.clone(),
             gate.clone(),
             pulse.clone(),
-            under_way.clone(),
             accept_no_more.clone(),
         ));
     }
@@ -107,6 +123,7 @@ pub async fn run(args: MasterArgs, mut settings: Settings) -> anyhow::Result<()>
             return;
         };
         grace.send_replace(grace_of(new));
+        trust(&trusted, new);
     };
     let told = async {
         loop {
@@ -146,6 +163,21 @@ pub async fn run(args: MasterArgs, mut settings: Settings) -> anyhow::Result<()>
 
 fn grace_of(args: &MasterArgs) -> Duration {
     Duration::from_secs(args.limits.grace.into())
+}
+
+/// Believes the proxies that the settings name, from now on.
+fn trust(trusted: &watch::Sender<Arc<Trusted>>, args: &MasterArgs) {
+    let new = args.proxy.trusted();
+    if **trusted.borrow() == new {
+        return;
+    }
+    if let Some(network) = new.everybody() {
+        tracing::warn!(
+            "--trust-proxy {network} trusts everybody: any client can pose as any other"
+        );
+    }
+    tracing::info!(networks = %new, "believes proxies in these networks");
+    trusted.send_replace(Arc::new(new));
 }
 
 /// Where users, channels and messages are.

@@ -12,15 +12,15 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tokio_util::task::task_tracker::TaskTrackerToken;
 
 use super::affinity::Affinity;
+use super::refusal::{Refusal, Refusals};
 use super::status::Able;
-use crate::handoff::{self, Credit, MasterEnd, Offer, ToMaster, ToWorker, WorkerState};
+use crate::handoff::{self, Credit, KnownBy, MasterEnd, Offer, ToMaster, ToWorker, WorkerState};
 use crate::pulse::Pulse;
 use crate::routing::{self, RoutingKey};
 
@@ -40,9 +40,6 @@ const PATIENCE: Duration = Duration::from_secs(1);
 /// Accepted connections that may wait for an acknowledgement before no more are accepted.
 const WAITING: usize = 64;
 
-/// Refusals being written at once; more are closed without an answer.
-const REFUSALS: usize = 64;
-
 /// An accepted connection.
 #[derive(Debug)]
 pub struct Accepted {
@@ -52,6 +49,8 @@ pub struct Accepted {
     pub peer: SocketAddr,
     /// The client's address.
     pub client: IpAddr,
+    /// How that is known.
+    pub known_by: KnownBy,
     /// What it is routed by.
     pub key: RoutingKey,
     /// When it was accepted.
@@ -116,6 +115,7 @@ impl Traffic {
 pub fn spawn(
     tasks: &TaskTracker,
     affinity: Arc<Affinity>,
+    refusals: Refusals,
     stop: CancellationToken,
 ) -> (RouterHandle, watch::Receiver<bool>, Arc<Traffic>) {
     let (accepted, accepted_rx) = mpsc::channel(ACCEPTED_QUEUE);
@@ -129,7 +129,7 @@ pub fn spawn(
         slots: BTreeMap::new(),
         waiting: VecDeque::new(),
         next_seq: 1,
-        refusals: Arc::new(Semaphore::new(REFUSALS)),
+        refusals,
     };
     let pulse = traffic.pulse.clone();
     tasks.spawn(async move {
@@ -314,7 +314,7 @@ struct Router {
     /// Accepted, and nobody could take them yet.
     waiting: VecDeque<Accepted>,
     next_seq: u64,
-    refusals: Arc<Semaphore>,
+    refusals: Refusals,
 }
 
 impl Router {
@@ -440,7 +440,16 @@ impl Router {
                     }
                 }
                 Choice::Wait => unplaced.push_back(connection),
-                Choice::Refuse => self.refuse(connection),
+                Choice::Refuse => {
+                    let Accepted {
+                        stream,
+                        client,
+                        under_way,
+                        ..
+                    } = connection;
+                    self.refusals
+                        .refuse(stream, client, under_way, Refusal::Full);
+                }
             }
         }
         self.waiting = unplaced;
@@ -476,6 +485,7 @@ impl Router {
             seq,
             peer: connection.peer,
             client: connection.client,
+            known_by: connection.known_by,
             at: handoff::monotonic_millis(),
         };
         match slot
@@ -512,47 +522,6 @@ impl Router {
         self.gate
             .send_if_modified(|gate| std::mem::replace(gate, open) != open);
     }
-
-    fn refuse(&self, connection: Accepted) {
-        let Ok(permit) = self.refusals.clone().try_acquire_owned() else {
-            return;
-        };
-        tokio::spawn(async move {
-            let _permit = permit;
-            let Accepted {
-                stream,
-                client,
-                under_way: _under_way,
-                ..
-            } = connection;
-            if let Err(error) = answer_full(stream).await {
-                tracing::debug!(%client, %error, "a refused client did not wait for the answer");
-            }
-        });
-    }
-}
-
-/// Tells a client that every worker is full.
-async fn answer_full(stream: OwnedFd) -> std::io::Result<()> {
-    const BODY: &str = r#"{"error":"The server is full, try again in a few seconds"}"#;
-    let answer = format!(
-        "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\
-         Access-Control-Allow-Origin: *\r\nRetry-After: 5\r\nConnection: close\r\n\r\n{BODY}",
-        BODY.len()
-    );
-    let mut stream = tokio::net::TcpStream::from_std(stream.into())?;
-    let talk = async {
-        stream.write_all(answer.as_bytes()).await?;
-        stream.shutdown().await?;
-        // What the client has sent must be read, or closing resets the connection under the
-        // answer.
-        let mut rest = [0; 4096];
-        while stream.read(&mut rest).await? > 0 {}
-        Ok(())
-    };
-    tokio::time::timeout(Duration::from_secs(2), talk)
-        .await
-        .unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into()))
 }
 
 #[cfg(test)]
@@ -677,6 +646,7 @@ mod tests {
             let connection = Accepted {
                 stream: std::fs::File::open("/dev/null").unwrap().into(),
                 peer: ([127, 0, 0, 1], seq as u16).into(),
+                known_by: KnownBy::Connection,
                 client: [127, 0, 0, 1].into(),
                 key: key(1),
                 since: Instant::now(),
@@ -709,7 +679,7 @@ mod tests {
             slots: BTreeMap::from([(0, slot)]),
             waiting: VecDeque::new(),
             next_seq: 4,
-            refusals: Arc::new(Semaphore::new(1)),
+            refusals: Refusals::default(),
         };
         router.take_back_unanswered();
         let ports = router.waiting.iter().map(|one| one.peer.port());

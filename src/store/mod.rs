@@ -69,7 +69,8 @@ pub struct NewMessage {
 /// What a post came to.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Posted {
-    /// The message's id: dense and strictly increasing within its channel, from 1.
+    /// The message's id: strictly increasing within its channel; dense from 1 on, but for ids that
+    /// a store leaves out after it may have lost some. Below 2^53.
     pub id: u64,
     /// When it was stored: ISO 8601, UTC, milliseconds.
     pub date: String,

@@ -43,8 +43,11 @@ pub struct Feed {
     begun: bool,
     /// Whether a read from the store is under way.
     reading: bool,
-    /// The store's last id at a subscription renewed: up to there something may be missing.
+    /// The highest id that the store is known to have given out: up to there something may be
+    /// missing.
     known: u64,
+    /// What was known when the read was asked for.
+    known_to_reader: u64,
 }
 
 impl Feed {
@@ -93,7 +96,15 @@ impl Feed {
             }
         }
         if complete {
-            self.tip = self.tip.max(page.last);
+            // What was known by then and is not there, a store that came back has lost. Of that, what
+            // was heard is delivered, as it was elsewhere; the rest is nowhere to be had.
+            while let Some(entry) = self.held.first_entry()
+                && *entry.key() <= self.known_to_reader
+            {
+                let message = entry.remove();
+                self.release(message, &mut step.deliver);
+            }
+            self.tip = self.tip.max(page.last).max(self.known_to_reader);
         }
         let more = self.advance();
         step.deliver.extend(more.deliver);
@@ -133,16 +144,22 @@ impl Feed {
                 break;
             }
             let message = entry.remove();
-            self.held_bytes -= size(&message);
-            if message.id > self.tip {
-                self.keep(message, &mut step.deliver);
-            }
+            self.release(message, &mut step.deliver);
         }
         if !self.reading && (!self.held.is_empty() || self.known > self.tip) {
             self.reading = true;
+            self.known_to_reader = self.known;
             step.read_after = Some(self.tip);
         }
         step
+    }
+
+    /// Takes a message that was held into account, if it is still new.
+    fn release(&mut self, message: Message, deliver: &mut Vec<Arc<Message>>) {
+        self.held_bytes -= size(&message);
+        if message.id > self.tip {
+            self.keep(message, deliver);
+        }
     }
 
     fn keep(&mut self, message: Message, deliver: &mut Vec<Arc<Message>>) {
@@ -207,13 +224,14 @@ mod tests {
     /// Does what the feed asks for, and returns what it delivers.
     fn settle(feed: &mut Feed, channel: &Channel, mut step: Step) -> Vec<u64> {
         let mut delivered = Vec::new();
-        loop {
+        for _ in 0..100 {
             delivered.extend(step.deliver.iter().map(|m| m.id));
             match step.read_after {
                 Some(id) => step = feed.mend(channel.read_after(id)),
                 None => return delivered,
             }
         }
+        panic!("it reads for ever");
     }
 
     proptest! {
@@ -300,6 +318,51 @@ mod tests {
         let step = feed.mend(Page { messages, last: 20 });
         assert_eq!((step.deliver.len(), feed.tip()), (10, 20));
         assert_eq!(feed.held_bytes, 0);
+    }
+
+    proptest! {
+        /// A store that loses its latest messages, and goes on with higher ids than anybody knows:
+        /// reading comes to an end at once, and what is stored then reaches everybody in order.
+        #[test]
+        fn what_the_store_has_lost_is_not_waited_for(
+            kept in 0..30u64,
+            lost in 1..30u64,
+            heard in prop::collection::vec(any::<bool>(), 60),
+            renewed: bool,
+            leap in 1..1u64 << 50,
+            after in 0..300u64,
+        ) {
+            let mut feed = Feed::default();
+            feed.subscribed(0);
+            let mut delivered = Vec::new();
+            // What is missing is being read when the store loses it.
+            let mut reading = None;
+            for id in (1..=kept + lost).filter(|id| heard[*id as usize % heard.len()]) {
+                let step = feed.offer(message(id));
+                delivered.extend(step.deliver.iter().map(|m| m.id));
+                reading = reading.or(step.read_after);
+            }
+            let mut channel = Channel { ids: (1..=kept).collect(), last: kept };
+            let read_after = reading;
+            delivered.extend(settle(&mut feed, &channel, Step { read_after, ..Step::default() }));
+            if renewed {
+                let step = feed.subscribed(kept);
+                delivered.extend(settle(&mut feed, &channel, step));
+            }
+            let first = kept + lost + leap;
+            channel.ids.extend(first..=first + after);
+            channel.last = first + after;
+            for id in (first..=channel.last).filter(|id| heard[*id as usize % heard.len()]) {
+                let step = feed.offer(message(id));
+                delivered.extend(settle(&mut feed, &channel, step));
+            }
+            let step = feed.subscribed(channel.last);
+            delivered.extend(settle(&mut feed, &channel, step));
+            prop_assert!(delivered.is_sorted_by(|a, b| a < b), "{:?}", delivered);
+            prop_assert_eq!(feed.tip(), channel.last);
+            let new: Vec<u64> = delivered.iter().copied().filter(|id| *id >= first).collect();
+            prop_assert_eq!(new, (first..=channel.last).collect::<Vec<_>>());
+        }
     }
 
     #[test]

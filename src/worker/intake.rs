@@ -2,6 +2,7 @@
 
 use std::any::Any;
 use std::collections::HashMap;
+use std::convert::Infallible;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -10,6 +11,7 @@ use std::time::Duration;
 use axum::Router;
 use axum::extract::Request;
 use axum::response::{IntoResponse as _, Response};
+use http::StatusCode;
 use hyper::body::Incoming;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use parking_lot::Mutex;
@@ -22,10 +24,12 @@ use super::link::Identity;
 use super::transport::{Handle, Transport};
 use crate::cli::LimitArgs;
 use crate::handoff::{
-    self, Credit, HandoffError, MAX_RESERVE, MAX_WINDOW, Offer, ToMaster, WorkerEnd, WorkerState,
+    self, Credit, HandoffError, KnownBy, MAX_RESERVE, MAX_WINDOW, Offer, ToMaster, WorkerEnd,
+    WorkerState,
 };
 use crate::pulse::{self, Pulse};
 use crate::routing::RoutingKey;
+use crate::telemetry::Throttle;
 
 /// How long a client may take for the head of a request, also between two requests.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(20);
@@ -189,6 +193,8 @@ pub struct Intake {
     pub draining: CancellationToken,
     /// Beats for as long as connections can be taken, or the master be looked for.
     pub pulse: Pulse,
+    /// Bounds what is logged of proxies that name their client too late.
+    pub complaints: Arc<Throttle>,
 }
 
 impl Intake {
@@ -322,11 +328,18 @@ impl Intake {
         self.say_credit(end, said).await?;
         // Where the master is gone, so is its descriptor: nobody else can serve the connection.
         tell(end, &ToMaster::Ack { seq }).await?;
-        self.serve(transport, handle, place, of_address);
+        self.serve(transport, handle, place, of_address, offer.known_by);
         Ok(())
     }
 
-    fn serve(&self, mut transport: Transport, handle: Arc<Handle>, place: Place, of_address: u32) {
+    fn serve(
+        &self,
+        mut transport: Transport,
+        handle: Arc<Handle>,
+        place: Place,
+        of_address: u32,
+        known_by: KnownBy,
+    ) {
         transport.hold(Box::new(place) as Box<dyn Any + Send>);
         let too_many = self
             .capacity
@@ -337,15 +350,33 @@ impl Intake {
             crate::limit_hit!("BANTER_MAX_PER_ADDRESS", client = %handle.client());
         }
         let router = self.router.clone();
+        let complaints = self.complaints.clone();
         let service = hyper::service::service_fn(move |request: hyper::Request<Incoming>| {
             let (router, handle) = (router.clone(), handle.clone());
+            if known_by == KnownBy::Silence
+                && request.headers().contains_key("x-forwarded-for")
+                && complaints.allows()
+            {
+                tracing::warn!(
+                    event = "late_client",
+                    peer = %handle.peer().ip(),
+                    "a proxy opened a connection, and only later named its client on it: the client \
+                     may be on the wrong worker. Have the proxy connect when a request is there"
+                );
+            }
             async move {
                 if too_many {
-                    return Ok(refuse());
+                    return Ok::<_, Infallible>(refuse());
                 }
                 let mut request: Request = request.map(axum::body::Body::new);
                 request.extensions_mut().insert(handle);
-                router.oneshot(request).await
+                let mut response = router.oneshot(request).await?;
+                if known_by != KnownBy::Connection
+                    && response.status() != StatusCode::SWITCHING_PROTOCOLS
+                {
+                    close_after(&mut response);
+                }
+                Ok(response)
             }
         });
         let connection = hyper::server::conn::http1::Builder::new()
@@ -384,15 +415,22 @@ async fn tell(end: &WorkerEnd, frame: &ToMaster) -> Result<bool, HandoffError> {
     }
 }
 
-/// The answer to a connection too many from one address.
-fn refuse() -> Response {
-    let mut response = ApiError::too_many(Duration::from_secs(5)).into_response();
-    let headers = response.headers_mut();
-    headers.insert(
+/// Makes a response the last one on its connection.
+///
+/// A proxy may send the requests of several clients on one connection, and only the first came to
+/// the right worker under the right address. So there is no second.
+fn close_after(response: &mut Response) {
+    response.headers_mut().insert(
         http::header::CONNECTION,
         http::HeaderValue::from_static("close"),
     );
-    headers.insert(
+}
+
+/// The answer to a connection too many from one address.
+fn refuse() -> Response {
+    let mut response = ApiError::too_many(Duration::from_secs(5)).into_response();
+    close_after(&mut response);
+    response.headers_mut().insert(
         http::header::ACCESS_CONTROL_ALLOW_ORIGIN,
         http::HeaderValue::from_static("*"),
     );

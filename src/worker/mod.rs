@@ -39,7 +39,7 @@ use crate::signals::{Signals, Told};
 use crate::store::Store;
 use crate::store::redis::RedisStore;
 use crate::store::remote::ControlStore;
-use crate::systemd;
+use crate::{systemd, telemetry};
 use dispatch::Dispatch;
 use drain::Drain;
 use http::accounts::Attempts;
@@ -217,6 +217,7 @@ pub async fn run(args: WorkerArgs, mut settings: Settings) -> anyhow::Result<()>
         ready: ready.clone(),
         draining: draining.clone(),
         pulse: intake_pulse,
+        complaints: Arc::new(telemetry::Throttle::per_minute(1)),
     };
     tracing::info!(
         event = "worker_started",

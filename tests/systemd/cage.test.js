@@ -94,11 +94,24 @@ suite('the cage', { redis: true }, (scenario) => {
     }
     await until('the master logs more', async () => (await journal('_SYSTEMD_UNIT=banter.service', 'PRIORITY=7')).length > 0);
 
+    const workersFor = async () => {
+      const workers = new Set();
+      for (let host = 1; host <= 40; host++) {
+        const { json } = await banter.api('GET', '/health', { headers: { 'x-forwarded-for': `192.0.2.${host}` } });
+        workers.add(json.worker);
+      }
+      return workers.size;
+    };
+    assert.strictEqual(await workersFor(), 1, 'nobody is believed yet');
+    banter.configure({ BANTER_AUTH_RATE: 2, BANTER_TRUST_PROXY: '127.0.0.1' });
+    await systemctl('reload', 'banter.service');
+    await until('a proxy is believed', async () => await workersFor() === 2);
+
     fs.writeFileSync(SETTINGS_FILE, 'BANTER_AUTH_RATE=many\n');
     await systemctl('reload', 'banter.service');
     for (const unit of SERVICES) {
       await until(`${unit} says what is wrong`, async () => (
-        (await journal(`_SYSTEMD_UNIT=${unit}`)).some(({ MESSAGE }) => /banter\.conf:1\b.*BANTER_AUTH_RATE/.test(MESSAGE))
+        (await journal(`_SYSTEMD_UNIT=${unit}`)).some(({ MESSAGE }) => /banter\.conf, line 1: .*BANTER_AUTH_RATE/.test(MESSAGE))
       ));
     }
     assert.ok((await attempt(1)).includes(429), 'the old limit holds');

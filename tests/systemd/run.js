@@ -1,6 +1,6 @@
 'use strict';
 // Runs the suite: each file on a machine of its own with a real systemd, onto which Banter was put by
-// `make install`; and sees that every file really ran.
+// `make install`, or which has only what to install it from; and sees that every file really ran.
 //   node run.js [FILE…]     all *.test.js by default
 
 const { spawn, execFileSync } = require('node:child_process');
@@ -12,6 +12,9 @@ const ROOT = path.resolve(__dirname, '../..');
 const LAB = path.join(ROOT, 'tests/lab/lab');
 /** Where the machines see the repository. */
 const SHOWN = '/srv/banter-tests';
+/** Files that install Banter themselves, from what is in `INPUTS` on their machines. */
+const INSTALLERS = ['package.test.js', 'sources.test.js'];
+const { INPUTS } = require('./lib/inputs.js');
 /** A file's whole life in seconds, the machine's included. */
 const TIMEOUT = 420;
 /** Machines at once. */
@@ -22,12 +25,34 @@ const files = process.argv.length > 2
   ? process.argv.slice(2).map((file) => path.resolve(file))
   : fs.readdirSync(__dirname).filter((name) => name.endsWith('.test.js')).sort().map((name) => path.join(__dirname, name));
 
+const installs = (file) => INSTALLERS.includes(path.basename(file));
+
+/** What every machine but those of `INSTALLERS` begins with. It becomes the machine's root directory. */
+function makeStage(stage) {
+  execFileSync('make', ['-s', '-C', ROOT, 'install', `DESTDIR=${stage}`, 'PREFIX=/usr', `BIN=${binary}`], { stdio: 'inherit' });
+}
+
+/** The binary, and a package made of it. */
+function makeInputs(inputs) {
+  fs.copyFileSync(binary, path.join(inputs, 'banter'));
+  // cargo-deb takes the binary from where a release build puts it.
+  const target = path.join(inputs, 'target');
+  fs.mkdirSync(path.join(target, 'release'), { recursive: true });
+  fs.linkSync(path.join(inputs, 'banter'), path.join(target, 'release/banter'));
+  execFileSync('cargo', ['deb', '--quiet', '--locked', '--no-build', '--fast', '--output', inputs], {
+    cwd: ROOT,
+    env: { ...process.env, CARGO_TARGET_DIR: target },
+    stdio: ['ignore', 'ignore', 'inherit'],
+  });
+  fs.rmSync(target, { recursive: true });
+}
+
 /** Runs one file. Gives how many of its tests passed; prints what it said once it is over. */
-function runFile(file, stage) {
+function runFile(file, { stage, inputs }) {
   const name = path.relative(ROOT, file);
   const args = [
-    'run', '--limits', '--timeout', String(TIMEOUT),
-    '--copy', `${stage}:/`, '--mount', `${ROOT}:${SHOWN}`,
+    'run', '--limits', '--timeout', String(TIMEOUT), '--mount', `${ROOT}:${SHOWN}`,
+    ...(installs(file) ? ['--mount', `${inputs}:${INPUTS}`] : ['--copy', `${stage}:/`]),
     '--', process.execPath, '--test', '--test-reporter=spec', path.join(SHOWN, name),
   ];
   return new Promise((resolve) => {
@@ -60,16 +85,18 @@ for (const signal of ['SIGINT', 'SIGTERM', 'SIGHUP']) {
 async function main() {
   if (process.getuid() !== 0) throw new Error('booting systemd takes root: run this as root or with sudo');
   if (!fs.existsSync(binary)) throw new Error(`${binary} is missing: run \`cargo build\`, or set BANTER_BIN`);
-  const stage = fs.mkdtempSync(path.join(os.tmpdir(), 'banter-stage-'));
-  // It becomes the machine's root directory.
-  fs.chmodSync(stage, 0o755);
+  const scratch = fs.mkdtempSync(path.join(os.tmpdir(), 'banter-systemd-'));
+  const given = { stage: path.join(scratch, 'stage'), inputs: path.join(scratch, 'inputs') };
+  fs.chmodSync(scratch, 0o755);
+  for (const directory of Object.values(given)) fs.mkdirSync(directory, { mode: 0o755 });
   const begun = performance.now();
   try {
-    execFileSync('make', ['-s', '-C', ROOT, 'install', `DESTDIR=${stage}`, 'PREFIX=/usr', `BIN=${binary}`], { stdio: 'inherit' });
+    if (!files.every(installs)) makeStage(given.stage);
+    if (files.some(installs)) makeInputs(given.inputs);
     const queue = [...files];
     const results = [];
     const lane = async () => {
-      for (let file = queue.shift(); file; file = queue.shift()) results.push(await runFile(file, stage));
+      for (let file = queue.shift(); file; file = queue.shift()) results.push(await runFile(file, given));
     };
     await Promise.all(Array.from({ length: AT_ONCE }, lane));
     const passed = results.reduce((sum, one) => sum + one.passed, 0);
@@ -77,7 +104,7 @@ async function main() {
     console.log(`systemd: ${passed} tests passed in ${results.length} files, ${failed.length} files failed, ${((performance.now() - begun) / 1000).toFixed(0)} s`);
     if (failed.length > 0 || results.length === 0) throw new Error(`systemd: failed: ${failed.join(', ') || 'nothing ran'}`);
   } finally {
-    fs.rmSync(stage, { recursive: true, force: true });
+    fs.rmSync(scratch, { recursive: true, force: true });
   }
 }
 

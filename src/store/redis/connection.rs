@@ -18,6 +18,7 @@ use tokio::time::{Instant, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
+use super::life::KnownLife;
 use crate::store::StoreError;
 
 /// How long a request is tried while there is no connection, or it breaks.
@@ -80,7 +81,11 @@ impl Server {
             .client
             .get_multiplexed_async_connection_with_config(&config);
         let inner = connection.await?;
-        Ok(Connection { inner, lost })
+        Ok(Connection {
+            inner,
+            lost,
+            life: Arc::default(),
+        })
     }
 
     /// Connects, however long it takes.
@@ -117,6 +122,8 @@ pub(super) struct Connection {
     pub(super) inner: MultiplexedConnection,
     /// Cancelled when the connection is closed, and to have it replaced.
     pub(super) lost: CancellationToken,
+    /// What is known of the life of the Redis at its other end.
+    pub(super) life: Arc<KnownLife>,
 }
 
 /// How long to wait before the next attempt to connect, and whether to log that one failed.
@@ -240,10 +247,27 @@ impl Commands {
     where
         F: Future<Output = RedisResult<T>>,
     {
+        self.run_knowing(doing, |connection| request(connection.inner))
+            .await
+    }
+
+    /// As [`run`](Self::run), for a request that needs to know whom it asks.
+    ///
+    /// # Errors
+    ///
+    /// As [`run`](Self::run).
+    pub(super) async fn run_knowing<T, F>(
+        &self,
+        doing: &'static str,
+        request: impl Fn(Connection) -> F,
+    ) -> Result<T, StoreError>
+    where
+        F: Future<Output = RedisResult<T>>,
+    {
         let deadline = Instant::now() + PATIENCE;
         loop {
             let connection = self.connection(deadline).await?;
-            let error = match answer(request(connection.inner.clone())).await {
+            let error = match answer(request(connection.clone())).await {
                 Ok(answer) => return Ok(answer),
                 Err(error) => error,
             };

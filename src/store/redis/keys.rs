@@ -10,6 +10,8 @@
 //! | `{P}:channels:order` | list: their keys in order of creation |
 //! | `{P}:channel:KEY` | hash: `last` id, and `millis` and `date` of that message; `imported`: how many came from another server |
 //! | `{P}:messages:KEY` | stream: a message's id is that of its entry, `ID-0` |
+//! | `{P}:holes:KEY` | sorted set: the ids before which others were left out; the score counts messages (`scripts/ids.lua`) |
+//! | `{P}:life` | hash: `id` of the life that Redis leads, whether it is `durable`, and the `floor` of its ids (`life.rs`) |
 //! | `{P}:nonce:HASH` | string: `ID DATE` of the message posted with it; expires |
 //! | `{P}:topic:KEY` | pub/sub: a channel's messages, and who types |
 //! | `{P}:presence` | pub/sub: the master's numbered changes of who is online |
@@ -57,6 +59,10 @@ impl Keys {
         self.of_channel("messages", channel)
     }
 
+    pub(super) fn holes(&self, channel: &str) -> String {
+        self.of_channel("holes", channel)
+    }
+
     pub(super) fn topic(&self, channel: &str) -> String {
         self.of_channel("topic", channel)
     }
@@ -79,6 +85,11 @@ impl Keys {
     /// Where the master publishes who is online.
     pub(super) fn presence(&self) -> String {
         format!("{}presence", self.tag)
+    }
+
+    /// The life that Redis leads.
+    pub(super) fn life(&self) -> String {
+        format!("{}life", self.tag)
     }
 
     /// The lease of the master.
@@ -109,7 +120,9 @@ mod tests {
             keys.channels_order(),
             keys.counter("}{ c"),
             keys.messages("c"),
+            keys.holes("c"),
             keys.topic("c"),
+            keys.life(),
             keys.nonce("c", "anna", "1"),
             keys.probe(),
         ];

@@ -8,7 +8,8 @@
 //! | `scripts.rs`, `scripts/` | the atomic steps, in Lua |
 //! | `wire.rs` | what is put into Redis for a message, and what comes over a topic |
 //! | `bus.rs` | the connection that listens, and who hears what |
-//! | `seen.rs` | the highest ids seen, for a Redis that has lost some |
+//! | `life.rs` | whether Redis may have lost ids that it gave out |
+//! | `seen.rs` | the highest ids seen, for a Redis whose keys somebody removes |
 //! | `lease.rs` | one master for each prefix |
 //! | `inspect.rs` | whether Redis is set up to keep what it is given |
 //!
@@ -16,7 +17,8 @@
 //! that Redis' order is the order in which everything is delivered. It needs Redis 6.2, or Valkey.
 //!
 //! A post is durable as far as Redis is configured to be: with `appendfsync always` an answered
-//! one survives anything that the disk survives, with `everysec` the last second may be lost.
+//! one survives anything that the disk survives, with `everysec` the last second may be lost. No id
+//! is given out twice in either case (`life.rs`).
 
 pub(super) mod address;
 mod bus;
@@ -24,6 +26,7 @@ mod connection;
 mod inspect;
 mod keys;
 mod lease;
+mod life;
 mod scripts;
 mod seen;
 mod wire;
@@ -42,6 +45,7 @@ use self::bus::Bus;
 use self::connection::{Commands, Server};
 use self::keys::Keys;
 pub use self::lease::{Lease, LeaseError};
+use self::life::Lives;
 use self::seen::Seen;
 use crate::presence::Numbered;
 
@@ -139,6 +143,7 @@ pub struct RedisStore {
     keys: Keys,
     retention: Retention,
     seen: Arc<Seen>,
+    lives: Lives,
     commands: Commands,
     bus: Bus,
 }
@@ -198,6 +203,7 @@ impl RedisStore {
                 sink,
                 Arc::clone(&seen),
             ),
+            lives: Lives::new(keys.life()),
             keys,
             retention,
             seen,
@@ -397,21 +403,32 @@ impl Store for RedisStore {
             let age = i64::try_from(age.as_millis()).unwrap_or(i64::MAX);
             now.as_millisecond().saturating_sub(age).max(0)
         });
-        let mut post = scripts::POST.key(self.keys.counter(channel));
-        post.key(self.keys.messages(channel))
-            .key(self.keys.nonce(channel, user, nonce))
-            .arg(self.keys.topic(channel))
-            .arg(self.seen.highest(channel))
-            .arg(now.as_millisecond())
-            .arg(iso(&now))
-            .arg(fragments.before)
-            .arg(fragments.after)
-            .arg(user)
-            .arg(sender)
-            .arg(u64::try_from(NONCE_MEMORY.as_millis()).unwrap_or(u64::MAX))
-            .arg(max_count.map_or(0, std::num::NonZeroU32::get))
-            .arg(cutoff);
-        let answer: String = self.script("posting", &post).await?;
+        let script = |life: &str| {
+            let mut post = scripts::POST.key(self.keys.counter(channel));
+            post.key(self.keys.messages(channel))
+                .key(self.keys.nonce(channel, user, nonce))
+                .key(self.keys.holes(channel))
+                .key(self.keys.life())
+                .arg(self.keys.topic(channel))
+                .arg(self.seen.highest(channel))
+                .arg(now.as_millisecond())
+                .arg(iso(&now))
+                .arg(&fragments.before)
+                .arg(&fragments.after)
+                .arg(user)
+                .arg(sender)
+                .arg(u64::try_from(NONCE_MEMORY.as_millis()).unwrap_or(u64::MAX))
+                .arg(max_count.map_or(0, std::num::NonZeroU32::get))
+                .arg(cutoff)
+                .arg(life);
+            post
+        };
+        let answer: String = self
+            .commands
+            .run_knowing("posting", |connection| {
+                self.lives.invoke(connection, &script)
+            })
+            .await?;
         let posted = wire::posted(&answer).ok_or_else(|| foreign("a post", &answer))?;
         self.seen.note(channel, posted.id);
         Ok(posted)
@@ -425,6 +442,7 @@ impl Store for RedisStore {
         };
         let mut read = scripts::READ.key(self.keys.counter(channel));
         read.key(self.keys.messages(channel))
+            .key(self.keys.holes(channel))
             .arg(kind)
             .arg(bound.min(MAX_ID))
             .arg(limit.min(PAGE_LIMIT.into()));

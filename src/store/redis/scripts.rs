@@ -8,11 +8,12 @@ use std::sync::LazyLock;
 use redis::Script;
 
 macro_rules! scripts {
-    ($($(#[$doc:meta])* $name:ident = $file:literal;)*) => {
+    ($($(#[$doc:meta])* $name:ident = $($file:literal)+;)*) => {
         $(
             $(#[$doc])*
-            pub(super) static $name: LazyLock<Script> =
-                LazyLock::new(|| Script::new(include_str!(concat!("scripts/", $file, ".lua"))));
+            pub(super) static $name: LazyLock<Script> = LazyLock::new(|| {
+                Script::new(concat!($(include_str!(concat!("scripts/", $file, ".lua"))),+))
+            });
         )*
     };
 }
@@ -25,13 +26,15 @@ scripts! {
     /// Adds a channel to the list, unless it is on it.
     CREATE_CHANNEL = "create_channel";
     /// Stores a message and publishes it, once.
-    POST = "post";
+    POST = "ids" "post";
     /// Appends messages of another server.
-    IMPORT = "import";
+    IMPORT = "ids" "import";
     /// Reads a page of messages.
-    READ = "read";
+    READ = "ids" "read";
     /// Finds the last message before a time.
-    LAST_BEFORE = "last_before";
+    LAST_BEFORE = "ids" "last_before";
+    /// Names the life that Redis leads, and sees to its ids.
+    LIFE = "life";
     /// Takes or renews the lease of the master.
     LEASE = "lease";
     /// Gives the lease back.

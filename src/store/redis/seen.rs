@@ -9,8 +9,9 @@ const GENERATION: usize = 8192;
 
 /// The highest id seen in each of the channels used lately.
 ///
-/// A Redis that comes back may have lost its last second, and with it ids that were given out; a
-/// post takes what is known here along, so that they are not given out again.
+/// If somebody removes a channel's keys from a living Redis, or it is set up to evict them, it knows of
+/// no id any more; a post takes along what is known here, so that ids do not begin anew for people
+/// who have seen higher ones. What a Redis loses when it ends is [`life`](super::life)'s concern.
 #[derive(Default)]
 pub(super) struct Seen(Mutex<Generations>);
 

@@ -1,4 +1,4 @@
-//! The REST side of a worker: one file for each resource.
+//! The REST side of a worker, one file for each resource, and the page that people chat on.
 
 pub mod accounts;
 pub mod body;
@@ -7,6 +7,7 @@ pub mod error;
 pub mod health;
 pub mod messages;
 pub mod token;
+pub mod web;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -44,6 +45,7 @@ pub fn router(app: Arc<App>) -> Router {
         .route("/channels/{key}/join", post(channels::join))
         .route("/channels/{key}/messages", get(messages::read))
         .route("/health", get(health::read))
+        .merge(web::routes())
         .fallback(async || ApiError::not_found())
         .method_not_allowed_fallback(async || ApiError::method_not_allowed())
         .layer(DefaultBodyLimit::max(MAX_BODY))

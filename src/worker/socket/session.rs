@@ -660,7 +660,12 @@ impl Session {
             Some(id) => {
                 let oldest = page.messages.first().map_or(0, |message| message.id);
                 let full = page.messages.len() >= PAGE_LIMIT as usize;
-                let more = full && oldest > id + 1;
+                // Ids between the two need not exist.
+                let more = full && oldest > id + 1 && {
+                    let next = Range::After { id, limit: 1 };
+                    let next = self.app.store.read(channel, next).await?;
+                    next.messages.first().is_some_and(|next| next.id < oldest)
+                };
                 let missed = page.messages.into_iter().filter(|m| m.id > id).collect();
                 Ok((missed, page.last, more, false))
             }

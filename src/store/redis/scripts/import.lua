@@ -8,25 +8,15 @@
 -- Everything that can be refused (no memory, no disk, a replica) is refused at the first write,
 -- so it happens as a whole or not at all.
 
--- Ids are below 2^53, which a Lua number holds exactly; its default format does not.
-local function text(id)
-  return string.format('%.0f', id)
-end
-
 local FIELDS = 5
 local first, count = tonumber(ARGV[1]), (#ARGV - 1) / FIELDS
 local state = redis.call('HMGET', KEYS[1], 'last', 'millis', 'date', 'imported')
 local last, millis, date = tonumber(state[1] or 0), state[2], state[3]
 local imported = tonumber(state[4] or 0)
 
-if last == 0 and redis.call('EXISTS', KEYS[2]) == 1 then
-  -- The counter is gone (evicted, or removed by hand), the stream is not.
-  local info = redis.call('XINFO', 'STREAM', KEYS[2])
-  for n = 1, #info, 2 do
-    if info[n] == 'last-generated-id' then
-      last = tonumber(string.match(info[n + 1], '^%d+'))
-    end
-  end
+if last == 0 then
+  -- The counter may be gone (evicted, or removed by hand), and the stream not.
+  last = last_generated(KEYS[2])
 end
 
 if first < 1 or first > imported + 1 or first - 1 + count <= imported or last > imported then

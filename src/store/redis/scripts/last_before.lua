@@ -1,10 +1,6 @@
 -- Finds the last message that was stored before a time.
 -- KEYS: counter (hash), messages (stream). ARGV: Unix time in milliseconds.
 -- Returns its id, or 0.
-local function text(id)
-  return string.format('%.0f', id)
-end
-
 local last = tonumber(redis.call('HGET', KEYS[1], 'last') or 0)
 local millis = tonumber(ARGV[1])
 -- `before` is a message before `millis` (or 0), nothing from `not_before` on is.

@@ -1,6 +1,6 @@
 -- Stores a message and publishes it, once.
 --
--- KEYS: counter (hash: last, millis, date), messages (stream), nonce.
+-- KEYS: counter (hash: last, millis, date), messages (stream), nonce, holes (sorted set), life (hash).
 -- ARGV:  1 topic
 --        2 the highest id that the caller has seen in the channel
 --        3 now, Unix time in milliseconds     4 the same as ISO 8601
@@ -9,19 +9,20 @@
 --        9 how long to remember the nonce, milliseconds
 --       10 how many messages to keep, 0: all
 --       11 messages before this time may go, Unix time in milliseconds, 0: none may
--- Returns "ID DATE".
+--       12 the life that the caller believes Redis to lead (life.lua)
+-- Returns "ID DATE", or the error OTHERLIFE.
 --
 -- Everything that can be refused (no memory, no disk, a replica) is refused at the first write,
 -- so it happens as a whole or not at all.
 
--- Ids are below 2^53, which a Lua number holds exactly; its default format does not.
-local function text(id)
-  return string.format('%.0f', id)
-end
-
 local known = redis.call('GET', KEYS[3])
 if known then
   return known
+end
+
+local life = redis.call('HMGET', KEYS[5], 'id', 'floor')
+if life[1] ~= ARGV[12] then
+  return redis.error_reply('OTHERLIFE these are the data of another life')
 end
 
 local state = redis.call('HMGET', KEYS[1], 'last', 'millis', 'date')
@@ -31,31 +32,22 @@ if state[2] and tonumber(state[2]) > tonumber(millis) then
   millis, date = state[2], state[3]
 end
 
-local event
-local function append(id)
-  event = ARGV[5] .. date .. '","id":' .. text(id) .. ARGV[6]
-  return redis.pcall('XADD', KEYS[2], text(id) .. '-0',
-    'event', event, 'user', ARGV[7], 'sender', ARGV[8], 'millis', millis)
-end
+-- Without a counter the channel is new, or the counter is gone (evicted, or removed by hand).
+local last = tonumber(state[1] or last_generated(KEYS[2]))
+-- Below the floor, ids may have been given out and lost. What the caller has seen counts where keys
+-- were evicted or removed by hand.
+local id = math.max(last + 1, tonumber(ARGV[2]) + 1, tonumber(life[2]))
+local hole = id > last + 1 and last_place(KEYS[4], last) + 1
 
--- A Redis that comes back may have lost its last second; an id that anybody has seen is not given
--- to another message.
-local id = math.max(tonumber(state[1] or 0), tonumber(ARGV[2])) + 1
-local added = append(id)
-if type(added) == 'table' and added.err and string.find(added.err, 'equal or smaller', 1, true) then
-  -- The counter is gone (evicted, or removed by hand), the stream is not.
-  local info = redis.call('XINFO', 'STREAM', KEYS[2])
-  for n = 1, #info, 2 do
-    if info[n] == 'last-generated-id' then
-      id = tonumber(string.match(info[n + 1], '^%d+')) + 1
-    end
-  end
-  added = append(id)
-end
+local event = ARGV[5] .. date .. '","id":' .. text(id) .. ARGV[6]
+local added = redis.pcall('XADD', KEYS[2], text(id) .. '-0',
+  'event', event, 'user', ARGV[7], 'sender', ARGV[8], 'millis', millis)
 if type(added) == 'table' and added.err then
   return added
 end
-
+if hole then
+  redis.call('ZADD', KEYS[4], text(hole), text(id))
+end
 local posted = text(id) .. ' ' .. date
 redis.call('HSET', KEYS[1], 'last', text(id), 'millis', millis, 'date', date)
 redis.call('SET', KEYS[3], posted, 'PX', ARGV[9])
@@ -78,7 +70,10 @@ if keep > 0 or cutoff > 0 then
   local most = math.min(oldest + STEP, id)
   local from = oldest
   if keep > 0 then
-    from = math.max(from, math.min(id - keep + 1, most))
+    local place = last_place(KEYS[4], id)
+    if place > keep then
+      from = math.max(from, math.min(id_at(KEYS[4], place - keep + 1), most))
+    end
   end
   if oldest_millis < cutoff then
     -- Dates ascend with the ids, so bisection finds the first message to stay.

@@ -1,15 +1,12 @@
 -- Reads a page of messages.
 --
--- KEYS: counter (hash), messages (stream).
+-- KEYS: counter (hash), messages (stream), holes (sorted set).
 -- ARGV: kind, bound, limit. Kinds:
 --   latest: bound is how many of the newest to leave out
 --   before: bound is an exclusive upper id
 --   after:  bound is an exclusive lower id
 -- Returns {last id, then for each message, in the order of the stream's walk: id, author, sender, event}.
 -- All but `after` walk from the newest message to the oldest.
-local function text(id)
-  return string.format('%.0f', id)
-end
 
 local kind, bound, limit = ARGV[1], tonumber(ARGV[2]), ARGV[3]
 local last = redis.call('HGET', KEYS[1], 'last') or '0'
@@ -22,11 +19,13 @@ local entries
 if kind == 'after' then
   entries = redis.call('XRANGE', KEYS[2], text(bound + 1), '+', 'COUNT', limit)
 else
-  -- Ids are dense, so positions translate by arithmetic. Where ids were lost, a position may name
-  -- a newer message than it should: pages then overlap, but none leaves a message out.
   local newest = bound - 1
   if kind == 'latest' then
-    newest = tonumber(last) - bound
+    newest = tonumber(last)
+    if bound > 0 then
+      local place = last_place(KEYS[3], newest) - bound
+      newest = place > 0 and id_at(KEYS[3], place) or 0
+    end
   end
   if newest < 1 then
     return page

@@ -1,0 +1,64 @@
+{
+  lib,
+  rustPlatform,
+  coreutils,
+  redis,
+  # They take longer than the build: `nix flake check` runs them, a deployment need not.
+  doCheck ? false,
+}:
+
+rustPlatform.buildRustPackage {
+  pname = "banter";
+  inherit ((lib.importTOML ../Cargo.toml).package) version;
+
+  # What is not named here can change without a rebuild.
+  src = lib.fileset.toSource {
+    root = ../.;
+    fileset = lib.fileset.unions [
+      ../Cargo.toml
+      ../Cargo.lock
+      ../clippy.toml
+      ../rustfmt.toml
+      ../src
+      ../benches/store.rs
+      (lib.fileset.fileFilter (file: file.hasExt "rs") ../tests)
+      ./module.nix
+      ./settings.nix
+      ../systemd
+      (lib.fileset.maybeMissing ../docs)
+      ../README.md
+      ../CHANGELOG.md
+      ../LICENSE
+    ];
+  };
+
+  cargoLock.lockFile = ../Cargo.lock;
+
+  inherit doCheck;
+  # Tests start a Redis of their own.
+  nativeCheckInputs = [ redis ];
+
+  postInstall = ''
+    for unit in systemd/*.service systemd/*.socket systemd/*.target; do
+      install -Dm 644 "$unit" -t "$out/lib/systemd/system"
+    done
+    # NixOS has neither /usr/bin nor /bin/kill.
+    substituteInPlace "$out"/lib/systemd/system/{banter,banter-worker@}.service \
+      --replace-fail /usr/bin/banter "$out/bin/banter" \
+      --replace-fail /bin/kill ${lib.getExe' coreutils "kill"}
+    # For other distributions; the NixOS module has its own.
+    install -Dm 644 systemd/sysusers.conf "$out/lib/sysusers.d/banter.conf"
+    install -Dm 644 systemd/tmpfiles.conf "$out/lib/tmpfiles.d/banter.conf"
+    doc="$out/share/doc/banter"
+    install -Dm 644 README.md CHANGELOG.md LICENSE -t "$doc"
+    install -Dm 644 systemd/redis-tcp.conf -t "$doc/examples"
+    [ ! -d docs ] || cp -r docs/. "$doc"
+  '';
+
+  meta = {
+    description = "A self-hosted chat server: REST and Socket.IO, one master and its worker processes";
+    license = lib.licenses.mit;
+    mainProgram = "banter";
+    platforms = lib.platforms.linux;
+  };
+}
