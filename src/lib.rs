@@ -12,6 +12,7 @@ pub mod limits;
 pub mod master;
 pub mod presence;
 pub mod proxy;
+pub mod pulse;
 pub mod routing;
 pub mod secret;
 pub mod serve;

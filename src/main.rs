@@ -51,17 +51,21 @@ fn main() -> ExitCode {
 fn run(cli: Cli, settings: Settings) -> anyhow::Result<ExitCode> {
     match cli.command {
         Command::Serve(args) => {
-            telemetry::init(&cli.log, "supervisor")?;
+            telemetry::init(&cli.log, "supervisor", None)?;
             serve::run(args, settings)?;
         }
         Command::Master(args) => {
             serve::die_with_parent()?;
-            telemetry::init(&cli.log, "master")?;
+            telemetry::init(&cli.log, "master", None)?;
             block_on(master::run(args, settings))?;
         }
         Command::Worker(args) => {
             serve::die_with_parent()?;
-            telemetry::init(&cli.log, &format!("worker {}", args.number))?;
+            telemetry::init(
+                &cli.log,
+                &format!("worker {}", args.number),
+                Some(args.number),
+            )?;
             block_on(worker::run(args, settings))?;
         }
         Command::Health(args) => {
@@ -70,7 +74,7 @@ fn run(cli: Cli, settings: Settings) -> anyhow::Result<ExitCode> {
             }
         }
         Command::Migrate(args) => {
-            telemetry::init(&cli.log, "migrate")?;
+            telemetry::init(&cli.log, "migrate", None)?;
             block_on(migrate::run(args))?;
         }
     }

@@ -435,7 +435,11 @@ mod tests {
     fn what_can_be_reloaded_are_settings() {
         let mut command = Cli::command();
         for name in RELOADABLE {
-            let value = if name == LOG { "info" } else { "1" };
+            let value = match name {
+                LOG => "info",
+                "BANTER_TRUST_PROXY" => "10.0.0.0/8,192.0.2.1",
+                _ => "1",
+            };
             assert_eq!(set_default(&mut command, name, value), Ok(true), "{name}");
         }
         command.debug_assert();

@@ -370,6 +370,11 @@ pub fn watchdog() {
     notify(&[NotifyState::Watchdog]);
 }
 
+/// Asks that a start, which goes on, may take so long from now on.
+pub fn starting(within: Duration) {
+    notify(&[extend(within)]);
+}
+
 /// How often [`watchdog`] is to be called, half of the time after which the process would be
 /// killed; `None` if nobody watches.
 pub fn watchdog_interval() -> Option<Duration> {
@@ -387,6 +392,14 @@ pub fn is_main_process() -> bool {
 fn notify(state: &[NotifyState<'_>]) {
     if let Err(error) = sd_notify::notify(state) {
         tracing::debug!(%error, ?state, "cannot notify the service manager");
+    }
+}
+
+/// A number of things in words, for a status.
+pub fn count(number: impl Into<u64>, thing: &str) -> String {
+    match number.into() {
+        1 => format!("1 {thing}"),
+        number => format!("{number} {thing}s"),
     }
 }
 

@@ -41,12 +41,13 @@ impl Throttle {
 /// speaks where several processes share a terminal or journal: `master`, `worker 1`.
 ///
 /// The journal gets every field of an event as `BANTER_…`, so that
-/// `journalctl BANTER_WORKER=1` finds what has `worker = 1`.
+/// `journalctl BANTER_USER=ann` finds what has `user = "ann"`; and everything that the process of a
+/// worker says has its number as `BANTER_WORKER`.
 ///
 /// # Errors
 ///
 /// [`ConfigError`] if `filter` cannot be parsed; any other if logging is set up already.
-pub fn init(filter: &str, role: &str) -> anyhow::Result<()> {
+pub fn init(filter: &str, role: &str, worker: Option<u32>) -> anyhow::Result<()> {
     let (filter, handle) = reload::Layer::new(parse_filter(filter)?);
     let registry = tracing_subscriber::registry().with(filter);
     let journal = if stderr_is_journal() {
@@ -54,6 +55,8 @@ pub fn init(filter: &str, role: &str) -> anyhow::Result<()> {
     } else {
         None
     };
+    let mut fields = vec![("BANTER_ROLE", role.to_owned())];
+    fields.extend(worker.map(|number| ("BANTER_WORKER", number.to_string())));
     let set_up = match journal {
         Some(journal) => registry
             .with(
@@ -66,7 +69,7 @@ pub fn init(filter: &str, role: &str) -> anyhow::Result<()> {
                         debug: Priority::Debug,
                         ..PriorityMappings::new()
                     })
-                    .with_custom_fields([("BANTER_ROLE", role)]),
+                    .with_custom_fields(fields),
             )
             .try_init(),
         None => registry
@@ -112,6 +115,24 @@ pub fn set_filter(filter: &str) -> Result<(), ConfigError> {
 /// [`ConfigError`] if not.
 pub fn check_filter(filter: &str) -> Result<(), ConfigError> {
     parse_filter(filter).map(drop)
+}
+
+/// Logs that somebody came up against a limit: `limit_hit!("BANTER_…", fields…)`; six times a minute at most
+/// in each place.
+#[macro_export]
+macro_rules! limit_hit {
+    ($setting:literal, $($field:tt)*) => {{
+        static THROTTLE: std::sync::LazyLock<$crate::telemetry::Throttle> =
+            std::sync::LazyLock::new(|| $crate::telemetry::Throttle::per_minute(6));
+        if THROTTLE.allows() {
+            tracing::warn!(
+                event = "limit_hit",
+                limit = $setting,
+                $($field)*,
+                "a limit refuses something"
+            );
+        }
+    }};
 }
 
 /// What begins a line: the time, and who speaks.

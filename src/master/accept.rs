@@ -10,28 +10,37 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::peek::Lookout;
+use crate::pulse::{self, Pulse};
 
 /// Accepts until stopped, or until the router has. What is accepted by then goes on its way all the
-/// same.
+/// same. `pulse` beats meanwhile.
 pub async fn run(
     listener: TcpListener,
     lookout: Arc<Lookout>,
     mut gate: watch::Receiver<bool>,
+    pulse: Pulse,
     stop: CancellationToken,
 ) {
+    let mut beat = tokio::time::interval(pulse::BEAT);
+    beat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         let accepted = tokio::select! {
             biased;
-            () = stop.cancelled() => return,
+            () = stop.cancelled() => break,
+            _ = beat.tick() => {
+                pulse.beat();
+                continue;
+            }
             accepted = accept(&listener, &mut gate) => accepted,
         };
         let Some((stream, peer)) = accepted else {
-            return;
+            break;
         };
         if lookout.admit(stream, peer).await.is_none() {
-            return;
+            break;
         }
     }
+    pulse.rest();
 }
 
 /// The next connection, once there may be one; `None` if there will be none any more. Cancel safe.

@@ -4,7 +4,7 @@
 //! registry must decide and serves store requests beside it, and a writer with a bounded queue:
 //! a worker that does not read loses its stream, and never holds the master up.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -18,11 +18,15 @@ use tokio_util::task::TaskTracker;
 
 use super::affinity::Affinity;
 use super::registry::{Now, Origin, Outcome, Registry, Timing};
+use super::router::Traffic;
+use super::status::Facts;
 use crate::control::{
     self, Command, FromMaster, FromWorker, Hello, JoinedElsewhere, PROTOCOL, Reply,
 };
 use crate::presence::{CatchUp, Event, Numbered};
+use crate::pulse::Pulse;
 use crate::store::embedded::Embedded;
+use crate::store::redis::RedisStore;
 use crate::store::{BusSink, StoreError, remote};
 use crate::systemd;
 
@@ -45,6 +49,11 @@ const CONTEST: Duration = Duration::from_secs(3);
 /// How long a worker may take to put a socket into a room for another worker.
 const ATTACH: Duration = Duration::from_secs(3);
 
+/// How long a worker of another version is remembered after its last attempt; it tries twice a second.
+const VERSION_MEMORY: Duration = Duration::from_secs(3);
+/// How long the router may show no sign of life before the watchdog is fed no more.
+const SILENCE: Duration = Duration::from_secs(5);
+
 /// What the cluster needs.
 pub struct Settings {
     /// Grace period and silence.
@@ -59,6 +68,12 @@ pub struct Settings {
     pub store: Option<Arc<Embedded>>,
     /// Publishes changes, where they do not go through the streams.
     pub presence: Option<mpsc::Sender<Numbered>>,
+    /// The Redis that everything depends on, where there is one.
+    pub redis: Option<Arc<RedisStore>>,
+    /// What the router does.
+    pub traffic: Arc<Traffic>,
+    /// Of the loops that must live for the watchdog to be fed.
+    pub pulses: Vec<Pulse>,
 }
 
 /// A worker's stream.
@@ -97,6 +112,10 @@ enum Input {
     },
     Gone {
         id: u64,
+    },
+    /// A worker of another version asked to be let in.
+    OtherVersion {
+        worker: u32,
     },
 }
 
@@ -140,6 +159,8 @@ pub struct Cluster {
     attaches: HashMap<u64, PendingAttach>,
     next_attach: u64,
     tick: u64,
+    /// Workers of another version, and when each last tried.
+    other_version: BTreeMap<u32, Instant>,
 }
 
 impl Cluster {
@@ -157,6 +178,7 @@ impl Cluster {
             attaches: HashMap::new(),
             next_attach: 1,
             tick: 0,
+            other_version: BTreeMap::new(),
         }
     }
 
@@ -217,6 +239,9 @@ impl Cluster {
             }
             Input::Frame { id, frame } => self.frame(id, frame),
             Input::Gone { id } => self.gone(id),
+            Input::OtherVersion { worker } => {
+                self.other_version.insert(worker, Instant::now());
+            }
         }
     }
 
@@ -296,7 +321,6 @@ impl Cluster {
             self.settle_contests(&events);
         }
         self.write_roster();
-        self.report_status();
     }
 
     fn gone(&mut self, id: u64) {
@@ -319,7 +343,6 @@ impl Cluster {
         for contests in self.contests.values_mut() {
             contests.retain(|contest| contest.link != id);
         }
-        self.report_status();
     }
 
     fn frame(&mut self, id: u64, frame: FromWorker) {
@@ -545,6 +568,9 @@ impl Cluster {
                     }
                 }
             }
+            if let Event::Ended { user } = &numbered.event {
+                tracing::info!(event = "session_ended", user);
+            }
             match &numbered.event {
                 Event::Connected { user, .. }
                 | Event::Resumed { user, .. }
@@ -563,6 +589,8 @@ impl Cluster {
 
     fn on_tick(&mut self) {
         self.tick += 1;
+        self.other_version
+            .retain(|_, tried| tried.elapsed() < VERSION_MEMORY);
         let mut dead = Vec::new();
         if let Some(registry) = &self.registry {
             let position = registry.position();
@@ -586,8 +614,18 @@ impl Cluster {
         for id in dead {
             self.gone(id);
         }
-        systemd::watchdog();
+        if self.is_fit() {
+            systemd::watchdog();
+        } else {
+            tracing::error!(event = "router_hangs", "no connections are routed");
+        }
         self.report_status();
+    }
+
+    /// Whether the loops beside this one go round, too.
+    fn is_fit(&self) -> bool {
+        let mut pulses = self.settings.pulses.iter();
+        pulses.all(|pulse| pulse.is_felt(SILENCE))
     }
 
     /// What is due by time: recovery, grace periods, contests, joins.
@@ -635,10 +673,16 @@ impl Cluster {
             .registry
             .as_ref()
             .map_or(0, |registry| registry.state().user_count());
-        systemd::status(&match self.members.len() {
-            0 => "waiting for workers".to_owned(),
-            workers => format!("{workers} workers, {users} users online"),
-        });
+        let redis = self.settings.redis.as_ref();
+        let facts = Facts {
+            able: self.settings.traffic.able(),
+            redis: redis.is_none_or(|redis| redis.connected()),
+            other_version: self.other_version.keys().copied().collect(),
+            workers: self.members.len() as u64,
+            routed: self.settings.traffic.routed(),
+            users: users as u64,
+        };
+        systemd::status(&facts.to_string());
     }
 
     /// Leaves word for the next master of whom to wait for. It is only a hint that makes its
@@ -695,6 +739,8 @@ async fn serve_stream(
             // If it is gone, it need not be told.
             let _ = writer.send(bytes).await;
         }
+        // The cluster may have stopped first.
+        let _ = inputs.send(Input::OtherVersion { worker }).await;
         return;
     }
     let (frames, mut frames_rx) = mpsc::channel::<FromMaster>(WORKER_QUEUE);
@@ -798,4 +844,70 @@ async fn serve_stream(
     close.cancel();
     // The cluster may have stopped first.
     let _ = inputs.send(Input::Gone { id }).await;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{accept, peek, refusal, router};
+    use super::*;
+
+    /// A cluster beside these loops.
+    fn beside(pulses: Vec<Pulse>) -> Cluster {
+        Cluster::new(Settings {
+            timing: Timing {
+                grace: Duration::ZERO,
+                silence: Duration::ZERO,
+            },
+            grace: watch::channel(Duration::ZERO).1,
+            roster: "/nowhere".into(),
+            affinity: Arc::default(),
+            store: None,
+            presence: None,
+            redis: None,
+            traffic: Arc::default(),
+            pulses,
+        })
+    }
+
+    #[test]
+    fn a_loop_that_hangs_is_not_outlived() {
+        assert!(beside(vec![Pulse::new(), Pulse::new()]).is_fit());
+        assert!(!beside(vec![Pulse::new(), Pulse::silent()]).is_fit());
+        let ended = Pulse::silent();
+        ended.rest();
+        assert!(beside(vec![ended]).is_fit());
+    }
+
+    #[tokio::test]
+    async fn router_and_accept_loop_show_that_they_live_with_nothing_to_do() {
+        let (tasks, stop) = (TaskTracker::new(), CancellationToken::new());
+        let refusals = refusal::Refusals::default();
+        let (router, gate, traffic) =
+            router::spawn(&tasks, Arc::default(), refusals.clone(), stop.clone());
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let accepting = Pulse::silent();
+        let lookout = peek::Lookout::new(peek::Settings {
+            trusted: watch::channel(Arc::default()).1,
+            router,
+            refusals,
+            tasks: tasks.clone(),
+            under_way: TaskTracker::new(),
+            accept_no_more: stop.clone(),
+            stop: stop.clone(),
+        });
+        let loops = accept::run(listener, lookout, gate, accepting.clone(), stop.clone());
+        tasks.spawn(loops);
+        let begin = Instant::now();
+        // Not merely from its begin.
+        tokio::time::sleep(Duration::from_millis(1)).await;
+        let lives = |pulse: &Pulse| pulse.is_felt(begin.elapsed());
+        while !lives(&accepting) || !lives(&traffic.pulse) {
+            assert!(begin.elapsed() < Duration::from_secs(30));
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        stop.cancel();
+        tasks.close();
+        tasks.wait().await;
+        assert!(traffic.pulse.is_felt(Duration::ZERO) && accepting.is_felt(Duration::ZERO));
+    }
 }

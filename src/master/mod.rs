@@ -14,6 +14,7 @@ pub mod peek;
 pub mod refusal;
 pub mod registry;
 pub mod router;
+pub mod status;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -29,6 +30,7 @@ use crate::cli::{Cli, Command, MasterArgs};
 use crate::handoff;
 use crate::presence::Numbered;
 use crate::proxy::Trusted;
+use crate::pulse::Pulse;
 use crate::settings::Settings;
 use crate::signals::{Signals, Told};
 use crate::store::embedded::Embedded;
@@ -61,7 +63,8 @@ pub async fn run(args: MasterArgs, mut settings: Settings) -> anyhow::Result<()>
     let (tasks, under_way) = (TaskTracker::new(), TaskTracker::new());
     let affinity = Arc::new(affinity::Affinity::default());
     let refusals = refusal::Refusals::default();
-    let (router, gate) = router::spawn(&tasks, affinity.clone(), refusals.clone(), stop.clone());
+    let (router, gate, traffic) =
+        router::spawn(&tasks, affinity.clone(), refusals.clone(), stop.clone());
     let handoff = handoff::Listener::from_fd(sockets.handoff)
         .context("the hand-off socket cannot be used")?;
     tasks.spawn(router::serve_workers(handoff, router.clone(), stop.clone()));
@@ -76,13 +79,17 @@ pub async fn run(args: MasterArgs, mut settings: Settings) -> anyhow::Result<()>
         accept_no_more: accept_no_more.clone(),
         stop: stop.clone(),
     });
+    let mut pulses = vec![traffic.pulse.clone()];
     for listener in sockets.clients {
+        let pulse = Pulse::new();
+        pulses.push(pulse.clone());
         let listener = tokio::net::TcpListener::from_std(listener)
             .context("a listening socket cannot be used")?;
         tasks.spawn(accept::run(
             listener,
             lookout.clone(),
             gate.clone(),
+            pulse.clone(),
             accept_no_more.clone(),
         ));
     }
@@ -101,6 +108,9 @@ pub async fn run(args: MasterArgs, mut settings: Settings) -> anyhow::Result<()>
         affinity,
         store: backend.embedded(),
         presence: backend.publisher(&tasks, &stop),
+        redis: backend.redis(),
+        traffic,
+        pulses,
     });
     tasks.spawn(cluster.run(control, stop.clone()));
     tasks.close();
@@ -192,6 +202,7 @@ impl Backend {
         let store = RedisStore::connect(settings, Arc::new(|_| true)).await;
         let store = store.map_err(ConfigError::new)?;
         let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+        systemd::status("starting: taking the place of the master in Redis");
         let lease = Lease::new(store.clone(), host.trim(), runtime_dir);
         match lease.acquire().await {
             Ok(()) => {}
@@ -209,6 +220,14 @@ impl Backend {
         match self {
             Self::Embedded(store) => Some(store.clone()),
             Self::Redis { .. } => None,
+        }
+    }
+
+    /// The Redis, where there is one.
+    fn redis(&self) -> Option<Arc<RedisStore>> {
+        match self {
+            Self::Embedded(_) => None,
+            Self::Redis { store, .. } => Some(store.clone()),
         }
     }
 

@@ -8,8 +8,10 @@ use std::collections::{BTreeMap, VecDeque};
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use parking_lot::Mutex;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -17,7 +19,9 @@ use tokio_util::task::task_tracker::TaskTrackerToken;
 
 use super::affinity::Affinity;
 use super::refusal::{Refusal, Refusals};
+use super::status::Able;
 use crate::handoff::{self, Credit, KnownBy, MasterEnd, Offer, ToMaster, ToWorker, WorkerState};
+use crate::pulse::Pulse;
 use crate::routing::{self, RoutingKey};
 
 /// A worker that has not acknowledged a connection for so long is passed over, and the
@@ -86,30 +90,55 @@ impl RouterHandle {
     }
 }
 
+/// What others may know of the router.
+#[derive(Debug, Default)]
+pub struct Traffic {
+    /// Of its loop.
+    pub pulse: Pulse,
+    routed: AtomicU64,
+    able: Mutex<Able>,
+}
+
+impl Traffic {
+    /// Connections that workers took.
+    pub fn routed(&self) -> u64 {
+        self.routed.load(Ordering::Relaxed)
+    }
+
+    /// Whether connections that come in find a worker.
+    pub fn able(&self) -> Able {
+        *self.able.lock()
+    }
+}
+
 /// Starts the router. The gate is open while it wants connections to be accepted.
 pub fn spawn(
     tasks: &TaskTracker,
     affinity: Arc<Affinity>,
     refusals: Refusals,
     stop: CancellationToken,
-) -> (RouterHandle, watch::Receiver<bool>) {
+) -> (RouterHandle, watch::Receiver<bool>, Arc<Traffic>) {
     let (accepted, accepted_rx) = mpsc::channel(ACCEPTED_QUEUE);
     let (links, links_rx) = mpsc::channel(FRAME_QUEUE);
     let (gate, gate_rx) = watch::channel(false);
+    let traffic = Arc::new(Traffic::default());
     let router = Router {
         affinity,
+        traffic: traffic.clone(),
         gate,
         slots: BTreeMap::new(),
         waiting: VecDeque::new(),
         next_seq: 1,
         refusals,
     };
+    let pulse = traffic.pulse.clone();
     tasks.spawn(async move {
         let _ = stop
             .run_until_cancelled(router.run(accepted_rx, links_rx))
             .await;
+        pulse.rest();
     });
-    (RouterHandle { accepted, links }, gate_rx)
+    (RouterHandle { accepted, links }, gate_rx, traffic)
 }
 
 /// Accepts the workers' hand-off connections.
@@ -257,8 +286,29 @@ fn choose(key: &RoutingKey, home: Option<u32>, standings: &[Standing], patient: 
     }
 }
 
+/// Whether connections that come in find a worker.
+fn able(standings: &[Standing]) -> Able {
+    let any = |state| standings.iter().any(|s| s.state == state);
+    let all = |state| standings.iter().all(|s| s.state == state);
+    let serves = |s: &Standing| s.state == WorkerState::Serving && !s.passed_over;
+    if standings.is_empty() {
+        Able::Nobody
+    } else if standings.iter().any(serves) {
+        Able::Served
+    } else if all(WorkerState::Full) {
+        Able::Full
+    } else if any(WorkerState::Serving) {
+        Able::Silent
+    } else if any(WorkerState::Starting) {
+        Able::Starting
+    } else {
+        Able::Draining
+    }
+}
+
 struct Router {
     affinity: Arc<Affinity>,
+    traffic: Arc<Traffic>,
     gate: watch::Sender<bool>,
     slots: BTreeMap<u32, Slot>,
     /// Accepted, and nobody could take them yet.
@@ -277,15 +327,17 @@ impl Router {
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             tokio::select! {
-                // Acknowledgements first: they make room.
                 biased;
+                // Not to be starved by what follows.
+                _ = tick.tick() => self.take_back_unanswered(),
+                // Acknowledgements before connections: they make room.
                 Some(input) = links.recv() => self.heard(input),
                 Some(connection) = accepted.recv() => self.waiting.push_back(connection),
-                _ = tick.tick() => self.take_back_unanswered(),
                 else => return,
             }
             self.route_waiting();
             self.set_gate();
+            self.traffic.pulse.beat();
         }
     }
 
@@ -325,7 +377,11 @@ impl Router {
                 slot.silent = false;
                 match frame {
                     // Ours is only a copy: dropping it leaves the worker's open.
-                    ToMaster::Ack { seq } => drop(slot.unacknowledged.remove(&seq)),
+                    ToMaster::Ack { seq } => {
+                        if slot.unacknowledged.remove(&seq).is_some() {
+                            self.traffic.routed.fetch_add(1, Ordering::Relaxed);
+                        }
+                    }
                     ToMaster::Refuse { seq } => {
                         if let Some((_, connection)) = slot.unacknowledged.remove(&seq) {
                             self.waiting.push_front(connection);
@@ -451,13 +507,18 @@ impl Router {
     }
 
     fn set_gate(&self) {
-        let open = self.affinity.is_known() && self.waiting.len() < WAITING && {
-            let standings = self.standings();
-            standings
-                .iter()
-                .any(|s| s.state == WorkerState::Serving && s.window > 0 && !s.passed_over)
-                || (!standings.is_empty() && standings.iter().all(|s| s.state == WorkerState::Full))
-        };
+        let standings = self.standings();
+        let able = able(&standings);
+        *self.traffic.able.lock() = able;
+        let open = self.affinity.is_known()
+            && self.waiting.len() < WAITING
+            && match able {
+                Able::Served => standings
+                    .iter()
+                    .any(|s| s.state == WorkerState::Serving && s.window > 0 && !s.passed_over),
+                Able::Full => true,
+                Able::Nobody | Able::Starting | Able::Draining | Able::Silent => false,
+            };
         self.gate
             .send_if_modified(|gate| std::mem::replace(gate, open) != open);
     }
@@ -613,6 +674,7 @@ mod tests {
         let (gate, _) = watch::channel(false);
         let mut router = Router {
             affinity: Arc::default(),
+            traffic: Arc::default(),
             gate,
             slots: BTreeMap::from([(0, slot)]),
             waiting: VecDeque::new(),

@@ -21,7 +21,6 @@ use super::socket::wire::{self, Connection};
 use crate::control::{Command, Ending, FromMaster, FromWorker, JoinedElsewhere};
 use crate::presence::{Event, Notice, Numbered, Position, Received, Replica, Snapshot, Status};
 use crate::store::{BusEvent, BusSink, Message, PAGE_LIMIT, Page, Range, Store, StoreError};
-use crate::systemd;
 
 /// Items waiting for the loop.
 const QUEUE: usize = 8192;
@@ -316,11 +315,13 @@ impl Loop {
         }
     }
 
-    /// Runs until stopped. `ready` is cancelled once the first snapshot has been applied.
+    /// Runs until stopped. `ready` is cancelled once the first snapshot has been applied. `sign_of_life`
+    /// is called each second.
     pub async fn run(
         mut self,
         mut items: mpsc::Receiver<Item>,
         ready: CancellationToken,
+        sign_of_life: impl Fn(),
         stop: CancellationToken,
     ) {
         let mut sweep = tokio::time::interval(Duration::from_secs(1));
@@ -332,7 +333,10 @@ impl Loop {
                     Some(item) => self.handle(item),
                     None => return,
                 },
-                _ = sweep.tick() => self.sweep(),
+                _ = sweep.tick() => {
+                    self.sweep();
+                    sign_of_life();
+                }
             }
             if self.ready && !ready.is_cancelled() {
                 ready.cancel();
@@ -952,13 +956,6 @@ impl Loop {
                 }
                 Subscription::Pending | Subscription::Ending => {}
             }
-        }
-        systemd::watchdog();
-        if !self.link.is_connected() {
-            systemd::status("waiting for the master");
-        } else {
-            let users = self.users.len();
-            systemd::status(&format!("{users} users connected"));
         }
     }
 }

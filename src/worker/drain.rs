@@ -16,7 +16,7 @@ use tokio_util::task::TaskTracker;
 
 use super::App;
 use super::intake::Connections;
-use super::socket::wire::Connection;
+use super::socket::wire::{Connection, LAST_WORDS};
 
 /// How often something is closed.
 const TICK: Duration = Duration::from_millis(20);
@@ -32,8 +32,8 @@ const FAREWELL: Duration = Duration::from_secs(2);
 
 /// The most time that a drain takes which closes sockets over this time.
 pub fn bound(spread: Duration) -> Duration {
-    // One second for what is not waited for by name.
-    spread + REQUESTS + FAREWELL + Duration::from_secs(1)
+    // And a second for what takes no time on a machine that is not overloaded.
+    spread + LAST_WORDS + REQUESTS + FAREWELL + Duration::from_secs(1)
 }
 
 /// A worker on its way out: its intake takes nothing any more.

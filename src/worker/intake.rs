@@ -27,6 +27,7 @@ use crate::handoff::{
     self, Credit, HandoffError, KnownBy, MAX_RESERVE, MAX_WINDOW, Offer, ToMaster, WorkerEnd,
     WorkerState,
 };
+use crate::pulse::{self, Pulse};
 use crate::routing::RoutingKey;
 use crate::telemetry::Throttle;
 
@@ -190,6 +191,8 @@ pub struct Intake {
     pub ready: CancellationToken,
     /// The worker is on its way out.
     pub draining: CancellationToken,
+    /// Beats for as long as connections can be taken, or the master be looked for.
+    pub pulse: Pulse,
     /// Bounds what is logged of proxies that name their client too late.
     pub complaints: Arc<Throttle>,
 }
@@ -200,6 +203,7 @@ impl Intake {
         let taking = async {
             let mut pause = RETRY.0;
             loop {
+                self.pulse.beat();
                 match self.stream(&mut pause).await {
                     Ok(()) => tracing::debug!("the master closed the hand-off stream"),
                     Err(error) => tracing::debug!(%error, "no hand-off stream: trying again"),
@@ -224,6 +228,8 @@ impl Intake {
         let mut count = self.connections.count.subscribe();
         let mut capacity = self.capacity.clone();
         let mut said = None;
+        let mut beat = tokio::time::interval(pulse::BEAT);
+        beat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             count.borrow_and_update();
             capacity.borrow_and_update();
@@ -240,6 +246,7 @@ impl Intake {
                     }
                     Err(error) => return Err(error),
                 },
+                _ = beat.tick() => self.pulse.beat(),
                 // The senders live as long as the intake.
                 _ = count.changed() => {}
                 Ok(()) = capacity.changed() => {}
@@ -278,6 +285,7 @@ impl Intake {
         let window = limit.saturating_sub(count).min(MAX_WINDOW);
         let reserve = (limit + MAX_RESERVE).saturating_sub(count).min(MAX_RESERVE);
         let state = if window == 0 {
+            crate::limit_hit!("BANTER_MAX_CONNECTIONS", connections = count);
             WorkerState::Full
         } else {
             WorkerState::Serving
@@ -338,6 +346,9 @@ impl Intake {
             .borrow()
             .per_address
             .is_some_and(|limit| of_address > limit);
+        if too_many {
+            crate::limit_hit!("BANTER_MAX_PER_ADDRESS", client = %handle.client());
+        }
         let router = self.router.clone();
         let complaints = self.complaints.clone();
         let service = hyper::service::service_fn(move |request: hyper::Request<Incoming>| {

@@ -56,6 +56,7 @@ enum Ask {
 pub struct Link {
     asks: mpsc::Sender<Ask>,
     connected: watch::Receiver<bool>,
+    other_protocol: watch::Receiver<Option<u32>>,
 }
 
 impl Link {
@@ -136,6 +137,12 @@ impl Link {
         matches!(tokio::time::timeout(patience, there).await, Ok(Ok(_)))
     }
 
+    /// The version of the control protocol that the master spoke at the last attempt, if it was not
+    /// this worker's.
+    pub fn other_protocol(&self) -> Option<u32> {
+        *self.other_protocol.borrow()
+    }
+
     async fn question(
         &self,
         frame: impl FnOnce(u64) -> FromWorker + Send + 'static,
@@ -165,16 +172,23 @@ pub struct Identity {
 pub fn new(identity: Identity, control: PathBuf, carries_bus: bool) -> (Link, Connector) {
     let (asks, asks_rx) = mpsc::channel(QUEUE);
     let (connected_tx, connected) = watch::channel(false);
+    let (other_protocol_tx, other_protocol) = watch::channel(None);
     let connector = Connector {
         identity,
         control,
         carries_bus,
         asks: asks_rx,
         connected: connected_tx,
+        other_protocol: other_protocol_tx,
         unanswered: BTreeMap::new(),
         next_id: 1,
     };
-    (Link { asks, connected }, connector)
+    let link = Link {
+        asks,
+        connected,
+        other_protocol,
+    };
+    (link, connector)
 }
 
 /// A question that was sent, or is to be.
@@ -190,6 +204,7 @@ pub struct Connector {
     carries_bus: bool,
     asks: mpsc::Receiver<Ask>,
     connected: watch::Sender<bool>,
+    other_protocol: watch::Sender<Option<u32>>,
     unanswered: BTreeMap<u64, Unanswered>,
     next_id: u64,
 }
@@ -271,10 +286,16 @@ impl Connector {
     }
 
     async fn attempt(&mut self, dispatch: &Dispatch, pause: &mut Duration) -> Broken {
-        match self.connection(dispatch, pause).await {
+        let why = match self.connection(dispatch, pause).await {
             Ok(()) => Broken::Closed,
             Err(why) => why,
-        }
+        };
+        let other = match why {
+            Broken::Mismatch(protocol) => Some(protocol),
+            _ => None,
+        };
+        self.other_protocol.send_replace(other);
+        why
     }
 
     async fn connection(

@@ -13,6 +13,7 @@ pub mod intake;
 pub mod link;
 pub mod passwords;
 pub mod socket;
+pub mod status;
 pub mod transport;
 pub mod ws_frames;
 
@@ -31,6 +32,7 @@ use crate::ConfigError;
 use crate::cli::{Cli, Command, LimitArgs, WorkerArgs};
 use crate::config;
 use crate::limits::KeyedBuckets;
+use crate::pulse::Pulse;
 use crate::secret::JwtSecret;
 use crate::settings::Settings;
 use crate::signals::{Signals, Told};
@@ -47,6 +49,14 @@ use http::token::{Caller, Tokens};
 use link::{Identity, Link};
 use passwords::Passwords;
 use socket::engine::Sessions;
+use status::Look;
+
+/// How long the intake may show no sign of life before the watchdog is fed no more. Longer than a
+/// master that hangs, and could keep it waiting, lives.
+const INTAKE_SILENCE: Duration = Duration::from_secs(15);
+
+/// How much longer a start may take each time that it shows a sign of life.
+const START: Duration = Duration::from_secs(30);
 
 /// What everything in a worker shares.
 pub struct App {
@@ -175,7 +185,16 @@ pub async fn run(args: WorkerArgs, mut settings: Settings) -> anyhow::Result<()>
     let connections = intake::Connections::new();
     let (capacity, capacity_rx) = watch::channel(intake::Capacity::of(&args.limits));
     let dispatching = dispatch::Loop::new(dispatch.clone(), identity.clone(), link, store);
-    tasks.spawn(dispatching.run(items, ready.clone(), stop.clone()));
+    let look = Arc::new(Look {
+        app: app.clone(),
+        connections: connections.clone(),
+        ready: ready.clone(),
+        draining: draining.clone(),
+        intake: Pulse::new(),
+    });
+    let (looking, intake_pulse) = (look.clone(), look.intake.clone());
+    let sign_of_life = move || sign_of_life(&looking);
+    tasks.spawn(dispatching.run(items, ready.clone(), sign_of_life, stop.clone()));
     tasks.spawn({
         let stop = stop.clone();
         async move {
@@ -197,6 +216,7 @@ pub async fn run(args: WorkerArgs, mut settings: Settings) -> anyhow::Result<()>
         router: http::router(app.clone()),
         ready: ready.clone(),
         draining: draining.clone(),
+        pulse: intake_pulse,
         complaints: Arc::new(telemetry::Throttle::per_minute(1)),
     };
     tracing::info!(
@@ -238,7 +258,7 @@ pub async fn run(args: WorkerArgs, mut settings: Settings) -> anyhow::Result<()>
     let told = tokio::select! {
         () = async {
             ready.cancelled().await;
-            systemd::ready("serving");
+            systemd::ready(&look.sentence());
             std::future::pending::<()>().await;
         } => return Ok(()),
         told = told => told,
@@ -246,6 +266,7 @@ pub async fn run(args: WorkerArgs, mut settings: Settings) -> anyhow::Result<()>
     };
     systemd::stopping(drain::bound(spread));
     draining.cancel();
+    systemd::status(&look.sentence());
     let drain = Drain {
         app,
         connections,
@@ -262,6 +283,19 @@ pub async fn run(args: WorkerArgs, mut settings: Settings) -> anyhow::Result<()>
     stop.cancel();
     tasks.wait().await;
     Ok(())
+}
+
+/// Tells the service manager that the dispatch loop goes round, and what it sees.
+fn sign_of_life(look: &Look) {
+    systemd::status(&look.sentence());
+    if !look.ready.is_cancelled() {
+        // However long the master takes to come.
+        systemd::starting(START);
+    } else if look.intake.is_felt(INTAKE_SILENCE) {
+        systemd::watchdog();
+    } else {
+        tracing::error!(event = "intake_hangs", "no connections are taken");
+    }
 }
 
 fn drain_time(args: &WorkerArgs) -> Duration {

@@ -62,7 +62,7 @@ suite('two workers that are restarted', { workers: 2, env: { BANTER_DRAIN: '1', 
       const ann = await personOn(world, w1, 'ann', { version, transport });
       const bob = await personOn(world, w2, 'bob');
       for (const client of [ann, bob]) await world.restJoin(client, key);
-      await ann.waitFor('user : joined', (p) => p.username === bob.name);
+      for (const client of [ann, bob]) await client.waitFor('user : joined', (p) => p.username === bob.name);
       const heard = [ann, bob].map((client) => client.mark());
       const first = (await bob.post(key, 'first')).id;
       await ann.waitFor('message:post', (m) => m.id === first);
@@ -104,7 +104,7 @@ suite('two workers that are restarted', { workers: 2, env: { BANTER_DRAIN: '1', 
       const ann = await personOn(world, w1, 'ann', { version: 1, transport, keepUp: false });
       const bob = await personOn(world, w2, 'bob');
       for (const client of [ann, bob]) await world.restJoin(client, key);
-      await ann.waitFor('user : joined', (p) => p.username === bob.name);
+      for (const client of [ann, bob]) await client.waitFor('user : joined', (p) => p.username === bob.name);
       const heard = bob.mark();
       const old = stopWorker(w1);
       // Whatever its poll is answered with takes a polling client out of its session.
@@ -179,7 +179,7 @@ suite('two workers that close all sockets at once', { workers: 2, env: { BANTER_
       const key = banter().key();
       await world.restJoin(ann, key);
       const acks = [];
-      const posts = 60;
+      const posts = 20;
       for (let i = 0; i < posts; i++) {
         ann.socket.emit('message:post', { channel: key, message: `post ${i}`, nonce: `n${i}` }, (ack) => {
           acks.push({ id: ack.id, connection: ann.connections });

@@ -81,13 +81,16 @@ impl Attempts {
         let mut buckets = self.buckets.lock();
         buckets.by_address.set_limit(limit, now);
         buckets.by_name.set_limit(limit, now);
+        drop(buckets);
+        // Who waits for others may have its turn now.
+        self.decided.notify_waiters();
     }
 
     /// Counts a registration.
     fn register(&self, address: RoutingKey) -> Result<(), ApiError> {
         let mut buckets = self.buckets.lock();
         let taken = buckets.by_address.take(&address, Instant::now());
-        taken.map_err(ApiError::too_many)
+        taken.map_err(|after| too_fast(address, after))
     }
 
     /// Begins a login: takes beforehand what it costs to fail, so that many at once do not slip
@@ -101,11 +104,11 @@ impl Attempts {
             decided.as_mut().enable();
             let after = match self.buckets.lock().begin(address, name) {
                 Ok(()) => break,
-                Err((after, false)) => return Err(ApiError::too_many(after)),
+                Err((after, false)) => return Err(too_fast(address, after)),
                 Err((after, true)) => after,
             };
             if tokio::time::timeout_at(deadline, decided).await.is_err() {
-                return Err(ApiError::too_many(after));
+                return Err(too_fast(address, after));
             }
         }
         let name = name.to_owned();
@@ -116,6 +119,11 @@ impl Attempts {
             failed: false,
         })
     }
+}
+
+fn too_fast(address: RoutingKey, after: Duration) -> ApiError {
+    crate::limit_hit!("BANTER_AUTH_RATE", client = %address);
+    ApiError::too_many(after)
 }
 
 impl Buckets {
@@ -199,16 +207,20 @@ pub async fn login(
         Err(_) => None,
     };
     let hash = user.map(|user| user.password_hash);
+    let known = hash.is_some();
     let verdict = app.passwords.verify(password.to_owned(), hash.clone());
     match (verdict.await?, hash) {
         (Verdict::Wrong, _) | (_, None) => {
             attempt.failed = true;
-            tracing::info!(event = "login_failed", %client, "wrong name or password");
+            // Not a name that nobody has: it may be a password in the wrong field.
+            let user = known.then_some(name);
+            tracing::info!(event = "login_failed", user, %client, "wrong name or password");
             return Err(ApiError::unauthorized("Wrong name or password"));
         }
         (Verdict::Right, _) => {}
         (Verdict::Outdated, Some(old)) => renew_hash(&app, name, password, &old).await,
     }
+    tracing::info!(event = "login", user = name, %client);
     app.tokens.issue(name).map(Json)
 }
 

@@ -131,7 +131,10 @@ pub async fn create(
     app.creations
         .lock()
         .take(&caller.name, Instant::now())
-        .map_err(ApiError::too_many)?;
+        .map_err(|after| {
+            crate::limit_hit!("BANTER_POST_RATE", user = caller.name);
+            ApiError::too_many(after)
+        })?;
     let key = BASE64_URL_SAFE_NO_PAD.encode(rand::random::<[u8; 32]>());
     let name = name.to_owned();
     app.store

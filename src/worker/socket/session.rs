@@ -475,6 +475,11 @@ impl Session {
         self.answer(ack, answer);
     }
 
+    fn too_fast(&self, after: Duration) -> Refusal {
+        crate::limit_hit!("BANTER_POST_RATE", user = self.user);
+        Refusal::rate_limited(after)
+    }
+
     /// Goes by the limits that count now.
     fn follow_limits(&mut self) {
         let post_rate = self.app.limits().post_rate;
@@ -496,9 +501,8 @@ impl Session {
     async fn post(&mut self, data: Option<Value>) -> Result<Value, Refusal> {
         let post = Payload::new(data)?.post(self.app.limits().max_message)?;
         self.must_be_in(&post.channel)?;
-        self.posts
-            .try_take(Instant::now())
-            .map_err(Refusal::rate_limited)?;
+        let taken = self.posts.try_take(Instant::now());
+        taken.map_err(|after| self.too_fast(after))?;
         let client_nonce = post.nonce.is_some();
         let nonce = post.nonce.unwrap_or_else(|| self.app.next_nonce());
         let message = NewMessage {
@@ -592,9 +596,8 @@ impl Session {
 
     /// Has the registry decide something.
     async fn request(&mut self, command: Command) -> Result<Reply, Refusal> {
-        self.requests
-            .try_take(Instant::now())
-            .map_err(Refusal::rate_limited)?;
+        let taken = self.requests.try_take(Instant::now());
+        taken.map_err(|after| self.too_fast(after))?;
         match self.app.link.command(command).await? {
             Reply::NotJoined => Err(Refusal::not_joined()),
             Reply::TooManyChannels => Err(Refusal::too_many_channels()),

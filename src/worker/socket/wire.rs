@@ -22,13 +22,15 @@ const MAX_BACKLOG: u64 = 4 * 1024 * 1024;
 const POLL_PROBE: Duration = Duration::from_millis(2_500);
 
 /// How long a connection that is to be closed is waited for: to be answered, and to take the answer.
-const LAST_WORDS: Duration = Duration::from_millis(500);
+pub const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// How often it is looked at meanwhile. Longer than an answer takes from the queue to the kernel.
 const LOOK: Duration = Duration::from_millis(10);
 
-/// What a small event adds to the backlog, roughly; only messages are measured.
-pub const SMALL_EVENT: u64 = 128;
+/// What a small event adds to the backlog; only messages are measured. No more than any such packet
+/// has: what is counted and never written would add up, over days, to a backlog that is not there.
+/// How many of them wait is bounded by the engine's buffer.
+pub const SMALL_EVENT: u64 = 8;
 
 /// A client's connection.
 pub struct Connection {
@@ -114,7 +116,7 @@ impl Connection {
     }
 
     /// Answers an event; a client that asked for no answer gets none. `size` says how many bytes
-    /// the answer has, roughly. A client that does not read fast enough is closed instead.
+    /// the answer has at least. A client that does not read fast enough is closed instead.
     pub fn acknowledge<T: Serialize + ?Sized>(&self, ack: AckSender, answer: &T, size: u64) {
         // Noted before: it may be written at once.
         let written = self.engine.bytes_written();
@@ -182,7 +184,7 @@ impl Connection {
     }
 
     /// Closes the transport, as [`Connection::kill`] does, as soon as everything that the client has
-    /// asked is answered and the answers are on their way; after half a second in any case.
+    /// asked is answered and the answers are on their way; after [`LAST_WORDS`] in any case.
     pub async fn close(&self) {
         let deadline = Instant::now() + LAST_WORDS;
         let mut settled = false;
