@@ -14,22 +14,28 @@ rustPlatform.buildRustPackage {
   # What is not named here can change without a rebuild.
   src = lib.fileset.toSource {
     root = ../.;
-    fileset = lib.fileset.unions [
-      ../Cargo.toml
-      ../Cargo.lock
-      ../clippy.toml
-      ../rustfmt.toml
-      ../src
-      ../benches/store.rs
-      (lib.fileset.fileFilter (file: file.hasExt "rs") ../tests)
-      ./module.nix
-      ./settings.nix
-      ../systemd
-      (lib.fileset.maybeMissing ../docs)
-      ../README.md
-      ../CHANGELOG.md
-      ../LICENSE
-    ];
+    fileset = lib.fileset.unions (
+      [
+        ../Cargo.toml
+        ../Cargo.lock
+        ../src
+        # Named in Cargo.toml.
+        ../benches/store.rs
+        ../systemd
+        ../docs
+        ../README.md
+        ../CHANGELOG.md
+        ../LICENSE
+      ]
+      ++ lib.optionals doCheck [
+        ../clippy.toml
+        ../rustfmt.toml
+        (lib.fileset.fileFilter (file: file.hasExt "rs") ../tests)
+        # tests/settings.rs reads them.
+        ./module.nix
+        ./settings.nix
+      ]
+    );
   };
 
   cargoLock.lockFile = ../Cargo.lock;
@@ -52,7 +58,7 @@ rustPlatform.buildRustPackage {
     doc="$out/share/doc/banter"
     install -Dm 644 README.md CHANGELOG.md LICENSE -t "$doc"
     install -Dm 644 systemd/redis-tcp.conf -t "$doc/examples"
-    [ ! -d docs ] || cp -r docs/. "$doc"
+    cp -r docs/. "$doc"
   '';
 
   meta = {

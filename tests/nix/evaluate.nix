@@ -265,18 +265,22 @@ let
   ];
   ofFlake = kind: name: map (system: outputs.${kind}.${system}.${name}) systems;
   packaged = outputs.packages.x86_64-linux.default;
-  source = map (lib.removePrefix (toString ../.. + "/")) (
-    map toString (flakeLib.fileset.toList (import ../../nix/package.nix {
-      lib = flakeLib // {
-        fileset = flakeLib.fileset // {
-          toSource = source: source.fileset;
-        };
-      };
-      rustPlatform.buildRustPackage = lib.id;
-      coreutils = "";
-      redis = "";
-    }).src)
-  );
+  source =
+    doCheck:
+    map (file: lib.removePrefix "${toString ../..}/" (toString file)) (
+      flakeLib.fileset.toList
+        (import ../../nix/package.nix {
+          inherit doCheck;
+          lib = flakeLib // {
+            fileset = flakeLib.fileset // {
+              toSource = given: given.fileset;
+            };
+          };
+          rustPlatform.buildRustPackage = lib.id;
+          coreutils = "";
+          redis = "";
+        }).src
+    );
   withOverlay = lib.fix (final: { inherit callPackage; } // outputs.overlays.default final { });
 
   outputExpectations = {
@@ -320,20 +324,30 @@ let
       in
       flake.inputs.nixpkgs.url == "github:NixOS/nixpkgs/${locked.original.ref}"
       && lib.hasPrefix "sha256-" locked.locked.narHash;
-    "the source has what the build and its tests read" = lib.all (file: lib.elem file source) [
-      "Cargo.lock"
-      "Cargo.toml"
-      "README.md"
-      "benches/store.rs"
-      "nix/module.nix"
-      "nix/settings.nix"
-      "src/main.rs"
-      "systemd/banter.service"
-      "tests/settings.rs"
-    ];
+    "the source has what the build reads, and with the tests what they read" =
+      let
+        build = [
+          "Cargo.lock"
+          "Cargo.toml"
+          "README.md"
+          "benches/store.rs"
+          "src/main.rs"
+          "systemd/banter.service"
+        ];
+        tests = [
+          "clippy.toml"
+          "nix/module.nix"
+          "nix/settings.nix"
+          "rustfmt.toml"
+          "tests/settings.rs"
+        ];
+      in
+      lib.all (file: lib.elem file (source false)) build
+      && lib.all (file: lib.elem file (source true)) (build ++ tests)
+      && lib.intersectLists tests (source false) == [ ];
     "the source has nothing that changes without them" = lib.all (
       file: !(lib.any (prefix: lib.hasPrefix prefix file) [ "target/" "tests/clients" "tests/nix" "tests/systemd" "flake" "Makefile" ])
-    ) source;
+    ) (source true);
   };
 in
 {
