@@ -76,7 +76,7 @@ install-test-deps: install-node install-redis-server ## Install what the tests n
 install-bench-deps: install-node ## Install the benchmark's peer
 	@$(call npm-ci,$(PEER))
 
-bench: install-bench-deps install-redis-server ## Measure the store, and the server beside a peer (three minutes, after the build)
+bench: install-bench-deps install-redis-server ## Measure the store, and the server beside a peer (four minutes, after the build)
 	@$(CARGO) build --release --locked
 	$(CARGO) bench --locked --bench store
 	BANTER_BIN="$(abspath $(TARGET_DIR))/release/banter" node $(PEER)/run.js
