@@ -106,7 +106,7 @@ install-browser-deps: install-node ## Install a browser, and what drives it, whe
 install-bench-deps: install-node ## Install the benchmark's peer
 	@$(call npm-ci,$(PEER))
 
-bench: install-bench-deps install-redis-server ## Measure the store, and the server beside a peer (three minutes, after the build)
+bench: install-bench-deps install-redis-server ## Measure the store, and the server beside a peer (four minutes, after the build)
 	@$(CARGO) build --release --locked
 	$(CARGO) bench --locked --bench store
 	BANTER_BIN="$(abspath $(TARGET_DIR))/release/banter" node $(PEER)/run.js

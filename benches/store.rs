@@ -34,7 +34,7 @@ const PAGES: u32 = 100;
 /// No page may cost so many times as much as the latest one.
 const DEARER: f64 = 2.0;
 /// Starts of each kind, of which the median counts.
-const STARTS: usize = 7;
+const STARTS: usize = 11;
 /// How long a process may take to be ready.
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -236,8 +236,10 @@ fn median(mut values: Vec<f64>) -> f64 {
 /// Starts master and worker on either store, in turns: the environments say which.
 fn starts(empty: &[(&str, String)], full: &[(&str, String)]) -> anyhow::Result<()> {
     let mut times: [[Vec<f64>; 2]; 2] = Default::default();
-    for _ in 0..STARTS {
-        for (environment, [masters, workers]) in [empty, full].into_iter().zip(&mut times) {
+    for round in 0..STARTS {
+        // Either is the first in turn.
+        for which in [round % 2, (round + 1) % 2] {
+            let (environment, [masters, workers]) = ([empty, full][which], &mut times[which]);
             let place = tempfile::tempdir()?;
             let (master, time) = Role::start(&["master"], &place, environment)?;
             masters.push(time);

@@ -1,6 +1,6 @@
 'use strict';
 // docker-compose.yml from its first `up` to its `down`, with Socket.IO clients in containers of their own. Needs a
-// Docker engine and Compose 1.29 or 2, and takes the images' names as they are.
+// Docker engine and Compose 1.29 or 2.
 //   COMPOSE            the command; by default `docker compose` where there is one, else `docker-compose`
 //   COMPOSE_OVERRIDE   one more Compose file, for what building takes on this machine
 
