@@ -126,7 +126,7 @@ impl Settings {
             Ok((cli, changed)) => {
                 // It has been parsed before.
                 if let Err(error) = telemetry::set_filter(&cli.log) {
-                    tracing::error!(%error, "the log filter stays as it is");
+                    tracing::error!("the log filter stays as it is: {error}");
                 }
                 apply(&cli);
                 let (live, fixed): (Vec<&str>, Vec<&str>) = changed
@@ -148,7 +148,10 @@ impl Settings {
                 systemd::complain(None);
             }
             Err(error) => {
-                tracing::error!(event = "reload_failed", %error, "the settings stay as they are");
+                tracing::error!(
+                    event = "reload_failed",
+                    "the settings stay as they are: {error}"
+                );
                 systemd::complain(Some(&format!("settings not reloaded: {error}")));
             }
         }

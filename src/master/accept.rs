@@ -62,7 +62,7 @@ async fn accept(
             Ok(accepted) => return Some(accepted),
             Err(error) => {
                 // Out of descriptors, or the peer was gone already. The former lasts.
-                tracing::warn!(%error, "accept failed");
+                tracing::warn!("accept failed: {error}");
                 tokio::time::sleep(Duration::from_millis(50)).await;
             }
         }

@@ -209,7 +209,7 @@ impl Cluster {
                         });
                     }
                     Err(error) => {
-                        tracing::warn!(%error, "accepting a control connection failed");
+                        tracing::warn!("accepting a control connection failed: {error}");
                         tokio::time::sleep(Duration::from_millis(50)).await;
                     }
                 },
@@ -303,7 +303,9 @@ impl Cluster {
             tracing::info!(
                 event = "worker_joined",
                 worker = hello.worker,
-                boot = hello.boot
+                boot = hello.boot,
+                "worker {} has joined",
+                hello.worker
             );
             self.publish(&events);
             let Some(registry) = &self.registry else {
@@ -569,7 +571,11 @@ impl Cluster {
                 }
             }
             if let Event::Ended { user } = &numbered.event {
-                tracing::info!(event = "session_ended", user);
+                tracing::info!(
+                    event = "session_ended",
+                    user,
+                    "the session of {user} has ended"
+                );
             }
             match &numbered.event {
                 Event::Connected { user, .. }
@@ -697,7 +703,7 @@ impl Cluster {
             .and_then(|json| std::fs::write(&self.settings.roster, json));
         if let Err(error) = written {
             let path = self.settings.roster.display();
-            tracing::warn!(%path, %error, "the list of workers cannot be written");
+            tracing::warn!(%path, "the list of workers cannot be written: {error}");
         }
     }
 }
@@ -724,7 +730,7 @@ async fn serve_stream(
         Ok(Some(Ok(bytes))) => match control::decode::<FromWorker>(&bytes) {
             Ok(FromWorker::Hello(hello)) => hello,
             Ok(_) => return tracing::warn!("a control connection did not begin with a hello"),
-            Err(error) => return tracing::warn!(%error, "a control connection is not a worker's"),
+            Err(error) => return tracing::warn!("a control connection is not a worker's: {error}"),
         },
         _ => return tracing::debug!("a control connection ended before its hello"),
     };
@@ -830,7 +836,7 @@ async fn serve_stream(
                     }
                 }
                 Err(error) => {
-                    tracing::warn!(worker = link.origin.worker, %error, "dropping the worker");
+                    tracing::warn!(worker = link.origin.worker, "dropping the worker: {error}");
                     break;
                 }
             }

@@ -209,7 +209,7 @@ impl Backend {
             Err(error @ LeaseError::Held(_)) => return Err(ConfigError::new(error).into()),
             // It is taken as soon as Redis is back; until then there is nobody to take it either.
             Err(LeaseError::Unavailable(error)) => {
-                tracing::warn!(%error, "starting without Redis");
+                tracing::warn!("starting without Redis: {error}");
             }
         }
         Ok(Self::Redis { store, lease })

@@ -187,8 +187,7 @@ impl Lookout {
                 tracing::warn!(
                     event = "malformed_proxy_header",
                     peer = %peer.ip(),
-                    %error,
-                    "closed a connection of a trusted proxy"
+                    "closed a connection of a trusted proxy: {error}"
                 );
             }
             Ok(Verdict::Close(error)) => {
@@ -214,7 +213,7 @@ impl Lookout {
         let stream = match stream.into_std() {
             Ok(stream) => stream.into(),
             Err(error) => {
-                tracing::warn!(%error, "an accepted connection was lost");
+                tracing::warn!("an accepted connection was lost: {error}");
                 return Some(());
             }
         };

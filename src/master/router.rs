@@ -161,7 +161,7 @@ pub async fn serve_workers(
                     });
                 }
                 Err(error) => {
-                    tracing::warn!(%error, "accepting a hand-off connection failed");
+                    tracing::warn!("accepting a hand-off connection failed: {error}");
                     tokio::time::sleep(Duration::from_millis(50)).await;
                 }
             }
@@ -193,7 +193,7 @@ async fn serve_worker(link: u64, end: MasterEnd, links: mpsc::Sender<FromLink>) 
             Ok(Some(frame)) => FromLink::Frame { link, frame },
             Ok(None) => break,
             Err(error) => {
-                tracing::warn!(%error, "a hand-off connection failed");
+                tracing::warn!("a hand-off connection failed: {error}");
                 break;
             }
         };

@@ -152,7 +152,7 @@ impl Embedded {
         if let Some(threads) = running.take() {
             let stopped = tokio::task::spawn_blocking(move || threads.stop()).await;
             if let Err(error) = stopped {
-                tracing::error!(%error, "closing the database failed");
+                tracing::error!("closing the database failed: {error}");
             }
             self.bus.clear();
         }
@@ -361,7 +361,7 @@ fn unavailable(why: &str) -> StoreError {
 
 /// Logs what went wrong while `doing` something, and makes the error for the client of it.
 fn database_failed(doing: &str, error: &rusqlite::Error) -> StoreError {
-    tracing::error!(%error, doing, "the database failed");
+    tracing::error!(doing, "the database failed: {error}");
     unavailable(match error.sqlite_error_code() {
         Some(rusqlite::ErrorCode::DiskFull) => "the disk is full",
         Some(rusqlite::ErrorCode::DatabaseBusy) => "another program holds the database",

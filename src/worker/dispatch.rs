@@ -406,7 +406,7 @@ impl Loop {
                         self.step(&channel, step);
                     }
                     Err(error) => {
-                        tracing::warn!(%error, "missing messages of a channel cannot be read yet");
+                        tracing::warn!("missing messages of a channel cannot be read yet: {error}");
                         room.feed.failed();
                     }
                 }
@@ -801,7 +801,7 @@ impl Loop {
                 self.step(channel, step);
             }
             Err(error) => {
-                tracing::warn!(%error, "subscribing to a channel failed: trying again");
+                tracing::warn!("subscribing to a channel failed, trying again: {error}");
                 room.subscription = Subscription::Absent;
                 for reply in room.opening.drain(..) {
                     let _ = reply.send(Err(error.clone()));

@@ -235,7 +235,8 @@ impl Connector {
                 match self.attempt(&dispatch, &mut pause).await {
                     Broken::Stopped => return,
                     why => tracing::warn!(
-                        event = "master_away", %why, "no stream to the master: trying again"
+                        event = "master_away",
+                        "no stream to the master, trying again: {why}"
                     ),
                 }
                 self.connected.send_replace(false);
@@ -279,7 +280,7 @@ impl Connector {
                 Some(bytes)
             }
             Err(error) => {
-                tracing::error!(%error, "a question to the master cannot be written");
+                tracing::error!("a question to the master cannot be written: {error}");
                 None
             }
         }

@@ -203,7 +203,7 @@ pub async fn run(args: WorkerArgs, mut settings: Settings) -> anyhow::Result<()>
             if let Some(redis) = &redis
                 && let Err(error) = redis.watch_presence().await
             {
-                tracing::warn!(%error, "starting without Redis");
+                tracing::warn!("starting without Redis: {error}");
             }
             connector.run(dispatch, stop).await;
         }

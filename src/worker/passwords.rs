@@ -81,7 +81,7 @@ impl Passwords {
         self.compute(move || compute(password.as_bytes()))
             .await?
             .map_err(|error| {
-                tracing::error!(%error, "a password cannot be hashed");
+                tracing::error!("a password cannot be hashed: {error}");
                 ApiError::internal()
             })
     }
@@ -149,7 +149,7 @@ fn verify(password: &str, hash: &str) -> Verdict {
             Err(_) => Verdict::Wrong,
         },
         Err(error) => {
-            tracing::error!(%error, "a stored password hash cannot be read");
+            tracing::error!("a stored password hash cannot be read: {error}");
             Verdict::Wrong
         }
     }
@@ -163,7 +163,7 @@ fn verify(password: &str, hash: &str) -> Verdict {
 fn verify_bcrypt(password: &str, hash: &str) -> Verdict {
     let matches = |password: &str| {
         bcrypt::verify(password, hash).unwrap_or_else(|error| {
-            tracing::error!(%error, "a stored password hash cannot be read");
+            tracing::error!("a stored password hash cannot be read: {error}");
             false
         })
     };

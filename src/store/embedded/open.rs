@@ -273,10 +273,10 @@ impl Database {
 pub(super) fn close(connection: Connection) {
     // Nothing is lost if this fails: the log is read again at the next start.
     if let Err(error) = connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(())) {
-        tracing::warn!(%error, "the database's write-ahead log could not be emptied");
+        tracing::warn!("the database's write-ahead log could not be emptied: {error}");
     }
     if let Err((_, error)) = connection.close() {
-        tracing::warn!(%error, "the database could not be closed cleanly");
+        tracing::warn!("the database could not be closed cleanly: {error}");
     }
 }
 
@@ -325,7 +325,7 @@ fn create_file(path: &Path) -> Result<(), OpenError> {
     if permissions.mode() & 0o077 != 0 {
         // It holds password hashes. Not fatal, as somebody else may own the file.
         if let Err(error) = fs::set_permissions(path, fs::Permissions::from_mode(0o600)) {
-            tracing::warn!(%error, path = %path.display(), "others can read the database");
+            tracing::warn!(path = %path.display(), "others can read the database: {error}");
         }
     }
     path.parent().map_or(Ok(()), sync_directory).map_err(failed)

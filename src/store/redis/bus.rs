@@ -294,7 +294,7 @@ impl Shared {
         if topic == self.presence {
             match serde_json::from_slice(&payload) {
                 Ok(numbered) => self.deliver_presence(epoch, numbered),
-                Err(error) => tracing::warn!(%error, "a change of who is online is malformed"),
+                Err(error) => tracing::warn!("a change of who is online is malformed: {error}"),
             }
             return;
         }

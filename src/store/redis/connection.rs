@@ -105,8 +105,7 @@ impl Server {
                     tracing::warn!(
                         address = self.shown,
                         purpose = back_off.purpose,
-                        %error,
-                        "cannot connect to Redis: trying on"
+                        "cannot connect to Redis, trying on: {error}"
                     );
                 }
                 Err(_) => {}
@@ -421,7 +420,7 @@ pub(super) fn unavailable(doing: &str, error: &RedisError) -> StoreError {
         (_, Some("NOAUTH" | "NOPERM" | "WRONGPASS")) => "Redis denies access",
         _ => "Redis failed",
     };
-    tracing::error!(%error, doing, "{why}");
+    tracing::error!(doing, "{why}: {error}");
     StoreError::Unavailable(why.to_owned())
 }
 

@@ -509,7 +509,7 @@ impl Import for RedisStore {
                 millis,
             } = message;
             let date = Timestamp::from_millisecond(millis).map_err(|error| {
-                tracing::error!(%error, "a message has a date that no calendar has");
+                tracing::error!("a message has a date that no calendar has: {error}");
                 StoreError::Unavailable("the message cannot be stored".to_owned())
             })?;
             let fragments = wire::fragments_of(channel, &user, &message, None)
@@ -532,7 +532,7 @@ impl Import for RedisStore {
 
 /// The error for a message that cannot be written as JSON.
 fn unwritable(error: &serde_json::Error) -> StoreError {
-    tracing::error!(%error, "a message cannot be written as JSON");
+    tracing::error!("a message cannot be written as JSON: {error}");
     StoreError::Unavailable("the message cannot be stored".to_owned())
 }
 

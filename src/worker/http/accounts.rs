@@ -184,7 +184,7 @@ pub async fn register(
     };
     match app.store.create_user(user).await {
         Ok(()) => {
-            tracing::info!(event = "registered", user = name, client = %connection.client());
+            tracing::info!(event = "registered", user = name, client = %connection.client(), "{name} registered");
             app.tokens.issue(name).map(Json)
         }
         Err(StoreError::Exists) => Err(exists()),
@@ -220,7 +220,7 @@ pub async fn login(
         (Verdict::Right, _) => {}
         (Verdict::Outdated, Some(old)) => renew_hash(&app, name, password, &old).await,
     }
-    tracing::info!(event = "login", user = name, %client);
+    tracing::info!(event = "login", user = name, %client, "{name} got a token");
     app.tokens.issue(name).map(Json)
 }
 
@@ -232,8 +232,12 @@ async fn renew_hash(app: &App, name: &str, password: &str, old: &str) {
         Err(_) => return,
     };
     match renewed {
-        Ok(()) => tracing::info!(event = "hash_renewed", user = name),
-        Err(error) => tracing::warn!(user = name, %error, "an old password hash was kept"),
+        Ok(()) => tracing::info!(
+            event = "hash_renewed",
+            user = name,
+            "the password of {name} is hashed anew"
+        ),
+        Err(error) => tracing::warn!(user = name, "an old password hash was kept: {error}"),
     }
 }
 

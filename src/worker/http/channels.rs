@@ -143,7 +143,13 @@ pub async fn create(
             name: name.clone(),
         })
         .await?;
-    tracing::info!(event = "channel_created", user = caller.name, channel = key);
+    tracing::info!(
+        event = "channel_created",
+        user = caller.name,
+        channel = key,
+        "{} created a channel",
+        caller.name
+    );
     Ok((
         StatusCode::CREATED,
         Json(Created {

@@ -101,7 +101,7 @@ impl ApiError {
 impl From<StoreError> for ApiError {
     fn from(error: StoreError) -> Self {
         // The text is for the log: a store's own words are nobody else's business.
-        tracing::warn!(%error, "a request failed");
+        tracing::warn!("a request failed: {error}");
         Self::unavailable()
     }
 }

@@ -68,7 +68,7 @@ impl Tokens {
         };
         let token = jsonwebtoken::encode(&Header::new(Algorithm::HS256), &claims, &self.encoding)
             .map_err(|error| {
-            tracing::error!(%error, "a token cannot be signed");
+            tracing::error!("a token cannot be signed: {error}");
             ApiError::internal()
         })?;
         Ok(Issued {

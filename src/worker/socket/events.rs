@@ -103,7 +103,7 @@ impl Refusal {
 
 impl From<StoreError> for Refusal {
     fn from(error: StoreError) -> Self {
-        tracing::warn!(%error, "an event failed");
+        tracing::warn!("an event failed: {error}");
         Self::unavailable()
     }
 }

@@ -269,7 +269,7 @@ impl Session {
                 }
             }
             Entrance::Refused => {
-                tracing::info!(event = "name_taken", user = self.user, client = %self.wire.client());
+                tracing::info!(event = "name_taken", user = self.user, client = %self.wire.client(), "{} is connected already", self.user);
                 self.wire.emit("name_taken", &nothing());
                 self.wire.dismiss();
             }
@@ -356,8 +356,7 @@ impl Session {
             event = "logged_in",
             user = self.user,
             client = %self.wire.client(),
-            resumed,
-        );
+            resumed, "{} is connected", self.user);
         let mut places = Vec::with_capacity(channels.len());
         for (channel, since) in &channels {
             let id = match named(channel) {
@@ -681,8 +680,7 @@ impl Session {
             user = self.user,
             client = %self.wire.client(),
             ?reason,
-            lost = ending != Ending::Ended,
-        );
+            lost = ending != Ending::Ended, "{} is disconnected", self.user);
         let (user, generation) = (self.user.clone(), self.generation);
         let command = Command::Disconnect {
             user,

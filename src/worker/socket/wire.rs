@@ -143,7 +143,7 @@ impl Connection {
             Err(SendError::Socket(SocketError::InternalChannelFull)) => false,
             Err(SendError::Socket(SocketError::Closed)) => true,
             Err(SendError::Serialize(error)) => {
-                tracing::error!(%error, "an event cannot be encoded");
+                tracing::error!("an event cannot be encoded: {error}");
                 true
             }
         }
