@@ -11,6 +11,7 @@ pub mod accept;
 pub mod affinity;
 pub mod cluster;
 pub mod peek;
+pub mod recent;
 pub mod refusal;
 pub mod registry;
 pub mod router;

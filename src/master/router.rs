@@ -18,6 +18,7 @@ use tokio_util::task::TaskTracker;
 use tokio_util::task::task_tracker::TaskTrackerToken;
 
 use super::affinity::Affinity;
+use super::recent::{self, Recent};
 use super::refusal::{Refusal, Refusals};
 use super::status::Able;
 use crate::handoff::{self, Credit, KnownBy, MasterEnd, Offer, ToMaster, ToWorker, WorkerState};
@@ -127,6 +128,7 @@ pub fn spawn(
         traffic: traffic.clone(),
         gate,
         slots: BTreeMap::new(),
+        recent: Recent::default(),
         waiting: VecDeque::new(),
         next_seq: 1,
         refusals,
@@ -215,6 +217,8 @@ struct Slot {
     unacknowledged: BTreeMap<u64, (Instant, Accepted)>,
     /// Let an offer go unanswered for [`SILENCE`], and has not been heard since.
     silent: bool,
+    /// Since when it takes connections from anybody.
+    serving_since: Option<Instant>,
 }
 
 /// What the choice needs to know of a worker.
@@ -230,6 +234,17 @@ struct Standing {
     exhausted: bool,
     /// Not to be given anything now.
     passed_over: bool,
+    /// It has not served for long: who is on the way to another worker is not torn away from there.
+    settling: bool,
+}
+
+/// What is known of an address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Ties {
+    /// The worker that has its living sessions.
+    home: Option<u32>,
+    /// The worker that it connected to a moment ago.
+    lately: Option<u32>,
 }
 
 /// Where a connection goes.
@@ -242,10 +257,12 @@ enum Choice {
     Refuse,
 }
 
-/// Chooses a worker for an address. `home` is the one that has the address' living sessions;
-/// `patient` says that the connection has not waited long.
-fn choose(key: &RoutingKey, home: Option<u32>, standings: &[Standing], patient: bool) -> Choice {
-    match home.map(|home| standings.iter().find(|s| s.worker == home)) {
+/// Chooses a worker for an address. `patient` says that the connection has not waited long.
+fn choose(key: &RoutingKey, ties: Ties, standings: &[Standing], patient: bool) -> Choice {
+    match ties
+        .home
+        .map(|home| standings.iter().find(|s| s.worker == home))
+    {
         // It lives, or it would have no sessions, and is about to open its hand-off stream.
         Some(None) if patient => return Choice::Wait,
         Some(Some(home)) if home.state == WorkerState::Starting && patient => {
@@ -273,6 +290,8 @@ fn choose(key: &RoutingKey, home: Option<u32>, standings: &[Standing], patient: 
     // requests must meet the same worker also before its session is registered.
     let ranked = routing::ranked(key, standings.iter().map(|s| s.worker));
     if let Some(worker) = ranked.into_iter().find_map(serving) {
+        let before = ties.lately.and_then(serving).filter(|_| worker.settling);
+        let worker = before.unwrap_or(worker);
         return if worker.window > 0 {
             Choice::Worker(worker.worker)
         } else {
@@ -311,6 +330,7 @@ struct Router {
     traffic: Arc<Traffic>,
     gate: watch::Sender<bool>,
     slots: BTreeMap<u32, Slot>,
+    recent: Recent,
     /// Accepted, and nobody could take them yet.
     waiting: VecDeque<Accepted>,
     next_seq: u64,
@@ -329,7 +349,10 @@ impl Router {
             tokio::select! {
                 biased;
                 // Not to be starved by what follows.
-                _ = tick.tick() => self.take_back_unanswered(),
+                _ = tick.tick() => {
+                    self.take_back_unanswered();
+                    self.recent.sweep(Instant::now());
+                }
                 // Acknowledgements before connections: they make room.
                 Some(input) = links.recv() => self.heard(input),
                 Some(connection) = accepted.recv() => self.waiting.push_back(connection),
@@ -355,6 +378,7 @@ impl Router {
                     credit,
                     unacknowledged: BTreeMap::new(),
                     silent: false,
+                    serving_since: None,
                 };
                 if let Some(old) = self.slots.insert(worker, slot) {
                     self.take_back(old);
@@ -387,7 +411,13 @@ impl Router {
                             self.waiting.push_front(connection);
                         }
                     }
-                    ToMaster::Credit(credit) => slot.credit = credit,
+                    ToMaster::Credit(credit) => {
+                        slot.serving_since = match credit.state {
+                            WorkerState::Serving => slot.serving_since.or(Some(Instant::now())),
+                            _ => None,
+                        };
+                        slot.credit = credit;
+                    }
                     ToMaster::Hello { .. } => {}
                 }
             }
@@ -431,9 +461,12 @@ impl Router {
         }
         let mut unplaced = VecDeque::new();
         while let Some(connection) = self.waiting.pop_front() {
-            let home = self.affinity.of(&connection.key.to_string());
+            let ties = Ties {
+                home: self.affinity.of(&connection.key.to_string()),
+                lately: self.recent.of(&connection.key, Instant::now()),
+            };
             let patient = connection.since.elapsed() < PATIENCE;
-            match choose(&connection.key, home, &self.standings(), patient) {
+            match choose(&connection.key, ties, &self.standings(), patient) {
                 Choice::Worker(worker) => {
                     if let Some(connection) = self.hand_over(worker, connection) {
                         unplaced.push_back(connection);
@@ -469,6 +502,9 @@ impl Router {
                         .min(slot.credit.reserve),
                     exhausted: slot.credit.window + slot.credit.reserve == 0,
                     passed_over: slot.silent || self.affinity.is_suspended(*worker),
+                    settling: slot
+                        .serving_since
+                        .is_some_and(|since| since.elapsed() < recent::SETTLING),
                 }
             })
             .collect()
@@ -493,8 +529,9 @@ impl Router {
             .try_send(&ToWorker::Offer(offer), connection.stream.as_fd())
         {
             Ok(()) => {
-                slot.unacknowledged
-                    .insert(seq, (Instant::now(), connection));
+                let now = Instant::now();
+                self.recent.note(connection.key, worker, now);
+                slot.unacknowledged.insert(seq, (now, connection));
                 None
             }
             Err(error) => {
@@ -540,22 +577,57 @@ mod tests {
             reserve: 0,
             exhausted: window == 0,
             passed_over: false,
+            settling: false,
         }
     }
 
     use WorkerState::{Draining, Full, Serving, Starting};
 
+    fn at(home: Option<u32>) -> Ties {
+        Ties { home, lately: None }
+    }
+
+    #[test]
+    fn who_is_on_the_way_to_a_worker_is_not_torn_away_by_one_that_begins_to_serve() {
+        let all = [0, 1].map(|worker| standing(worker, Serving, 1));
+        let Choice::Worker(own) = choose(&key(1), at(None), &all, true) else {
+            panic!("no worker")
+        };
+        let ties = Ties {
+            home: None,
+            lately: Some(1 - own),
+        };
+        let settling = all.map(|s| Standing {
+            settling: s.worker == own,
+            ..s
+        });
+        assert_eq!(
+            choose(&key(1), ties, &settling, true),
+            Choice::Worker(1 - own)
+        );
+        assert_eq!(
+            choose(&key(1), at(None), &settling, true),
+            Choice::Worker(own)
+        );
+        assert_eq!(choose(&key(1), ties, &all, true), Choice::Worker(own));
+        let gone = settling.map(|s| match s.worker == own {
+            true => s,
+            false => standing(s.worker, Draining, 0),
+        });
+        assert_eq!(choose(&key(1), ties, &gone, true), Choice::Worker(own));
+    }
+
     #[test]
     fn without_sessions_the_hash_decides_and_a_full_worker_is_passed_over() {
         let all = [0, 1, 2].map(|worker| standing(worker, Serving, 1));
-        let Choice::Worker(first) = choose(&key(1), None, &all, true) else {
+        let Choice::Worker(first) = choose(&key(1), at(None), &all, true) else {
             panic!("no worker")
         };
         let full = all.map(|s| match s.worker == first {
             true => standing(s.worker, Full, 0),
             false => s,
         });
-        let Choice::Worker(second) = choose(&key(1), None, &full, true) else {
+        let Choice::Worker(second) = choose(&key(1), at(None), &full, true) else {
             panic!("no worker")
         };
         assert_ne!(first, second);
@@ -564,14 +636,14 @@ mod tests {
     #[test]
     fn a_worker_that_has_yet_to_acknowledge_others_is_waited_for() {
         let all = [0, 1, 2].map(|worker| standing(worker, Serving, 1));
-        let Choice::Worker(first) = choose(&key(1), None, &all, true) else {
+        let Choice::Worker(first) = choose(&key(1), at(None), &all, true) else {
             panic!("no worker")
         };
         let busy = all.map(|s| Standing {
             window: u32::from(s.worker != first),
             ..s
         });
-        assert_eq!(choose(&key(1), None, &busy, true), Choice::Wait);
+        assert_eq!(choose(&key(1), at(None), &busy, true), Choice::Wait);
     }
 
     #[test]
@@ -586,7 +658,7 @@ mod tests {
                 }
             });
             assert_eq!(
-                choose(&key(1), Some(home), &all, true),
+                choose(&key(1), at(Some(home)), &all, true),
                 Choice::Worker(home)
             );
         }
@@ -597,8 +669,11 @@ mod tests {
         let absent = vec![standing(1, Serving, 5)];
         let starting = vec![standing(0, Starting, 0), standing(1, Serving, 5)];
         for others in [absent, starting] {
-            assert_eq!(choose(&key(1), Some(0), &others, true), Choice::Wait);
-            assert_eq!(choose(&key(1), Some(0), &others, false), Choice::Worker(1));
+            assert_eq!(choose(&key(1), at(Some(0)), &others, true), Choice::Wait);
+            assert_eq!(
+                choose(&key(1), at(Some(0)), &others, false),
+                Choice::Worker(1)
+            );
         }
     }
 
@@ -609,21 +684,24 @@ mod tests {
             ..standing(0, Serving, 0)
         };
         let all = [busy, standing(1, Serving, 5)];
-        assert_eq!(choose(&key(1), Some(0), &all, true), Choice::Wait);
+        assert_eq!(choose(&key(1), at(Some(0)), &all, true), Choice::Wait);
     }
 
     #[test]
     fn an_address_whose_worker_has_used_up_its_reserve_keeps_nobody_waiting() {
         let all = [standing(0, Full, 0), standing(1, Serving, 5)];
-        assert_eq!(choose(&key(1), Some(0), &all, true), Choice::Worker(1));
+        assert_eq!(choose(&key(1), at(Some(0)), &all, true), Choice::Worker(1));
         let all = [standing(0, Full, 0), standing(1, Full, 0)];
-        assert_eq!(choose(&key(1), Some(0), &all, true), Choice::Refuse);
+        assert_eq!(choose(&key(1), at(Some(0)), &all, true), Choice::Refuse);
     }
 
     #[test]
     fn a_worker_that_drains_or_is_silent_keeps_nobody() {
         let draining = [standing(0, Draining, 0), standing(1, Serving, 5)];
-        assert_eq!(choose(&key(1), Some(0), &draining, true), Choice::Worker(1));
+        assert_eq!(
+            choose(&key(1), at(Some(0)), &draining, true),
+            Choice::Worker(1)
+        );
         let silent = [
             Standing {
                 passed_over: true,
@@ -631,7 +709,10 @@ mod tests {
             },
             standing(1, Serving, 5),
         ];
-        assert_eq!(choose(&key(1), Some(0), &silent, true), Choice::Worker(1));
+        assert_eq!(
+            choose(&key(1), at(Some(0)), &silent, true),
+            Choice::Worker(1)
+        );
     }
 
     #[tokio::test]
@@ -670,12 +751,14 @@ mod tests {
                 sent(3, SILENCE / 2),
             ]),
             silent: false,
+            serving_since: None,
         };
         let (gate, _) = watch::channel(false);
         let mut router = Router {
             affinity: Arc::default(),
             traffic: Arc::default(),
             gate,
+            recent: Recent::default(),
             slots: BTreeMap::from([(0, slot)]),
             waiting: VecDeque::new(),
             next_seq: 4,
@@ -692,9 +775,9 @@ mod tests {
     #[test]
     fn only_when_all_are_full_a_client_is_refused() {
         let full = [standing(0, Full, 0), standing(1, Full, 0)];
-        assert_eq!(choose(&key(1), None, &full, true), Choice::Refuse);
+        assert_eq!(choose(&key(1), at(None), &full, true), Choice::Refuse);
         let starting = [standing(0, Full, 0), standing(1, Starting, 0)];
-        assert_eq!(choose(&key(1), None, &starting, true), Choice::Wait);
-        assert_eq!(choose(&key(1), None, &[], true), Choice::Wait);
+        assert_eq!(choose(&key(1), at(None), &starting, true), Choice::Wait);
+        assert_eq!(choose(&key(1), at(None), &[], true), Choice::Wait);
     }
 }
