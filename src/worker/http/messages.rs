@@ -20,16 +20,16 @@ use crate::worker::App;
 #[into_params(parameter_in = Query)]
 pub struct Params {
     /// Position of the newest message wanted, counted from the channel's newest, which is 0.
-    #[param(value_type = Option<u64>, example = 0)]
+    #[param(value_type = Option<u64>, format = "uint64", example = 0)]
     start: Option<String>,
     /// The position after the oldest message wanted.
-    #[param(value_type = Option<u64>, example = 25)]
+    #[param(value_type = Option<u64>, format = "uint64", example = 25)]
     end: Option<String>,
     /// Messages before this id, the closest to it.
-    #[param(value_type = Option<u64>)]
+    #[param(value_type = Option<u64>, format = "uint64")]
     before: Option<String>,
     /// Messages after this id, the closest to it.
-    #[param(value_type = Option<u64>)]
+    #[param(value_type = Option<u64>, format = "uint64")]
     after: Option<String>,
     /// With `before` or `after`: so many at most.
     #[param(value_type = Option<u64>, minimum = 1, maximum = 200)]
