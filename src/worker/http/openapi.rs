@@ -25,8 +25,9 @@ const JSON: &str = "application/json";
         title = "Banter",
         description = "Accounts, channels and history of a Banter server. Everything live is \
             Socket.IO, which docs/api.md describes.\n\nEvery answer, errors included, allows any \
-            origin. Every error is JSON with a text for a person. Paths that are not here get \
-            404, other methods 405, requests that are no HTTP a bare 400 or 431.",
+            origin. Every error is JSON with a text for a person. Where there is GET there is \
+            HEAD. Beside these paths, the page at `/` and Socket.IO there is nothing: other paths \
+            get 404, other methods 405.",
         license(name = "MIT", identifier = "MIT"),
         contact(),
     ),
