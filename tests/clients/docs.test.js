@@ -36,7 +36,7 @@ function blocks(page) {
 function run(command, args, options) {
   return new Promise((resolve, reject) => {
     const child = spawn(command, args, { ...options, stdio: ['ignore', 'pipe', 'pipe', 'pipe'], timeout: DEADLINE });
-    const [printed, aside] = ['', ''].map(() => []);
+    const [printed, aside] = [[], []];
     child.stdout.on('data', (chunk) => printed.push(chunk));
     child.stderr.on('data', (chunk) => printed.push(chunk));
     child.stdio[3].on('data', (chunk) => aside.push(chunk));
@@ -68,7 +68,7 @@ suite('docs/api.md', {}, (scenario, banter) => {
           let printed;
           if (language === 'sh') {
             // What one block sets is there in the next one, as in a reader's shell.
-            const script = `set -aeu -o pipefail\nfor f in ./functions; do [ ! -e $f ] || . $f; done\n${text}\ndeclare -f >./functions\nenv -0 >&3`;
+            const script = `set -aeu -o pipefail\n[ ! -e functions ] || . ./functions\n${text}\ndeclare -f >functions\nenv -0 >&3`;
             const done = await run('bash', ['-c', script], { cwd: home, env });
             printed = done.text;
             env = Object.fromEntries(done.aside.split('\0').filter(Boolean).map((pair) => {
@@ -91,8 +91,7 @@ suite('docs/api.md', {}, (scenario, banter) => {
           }
           assertPrinted(printed, output ?? '');
         } catch (error) {
-          error.message = `the example in line ${line} of docs/api.md: ${error.message}`;
-          throw error;
+          throw new Error(`the example in line ${line} of docs/api.md: ${error.message}`, { cause: error });
         }
       }
     } finally {
