@@ -12,6 +12,7 @@ CARGO_DENY_VERSION := 0.20.2
 CARGO_DEB_VERSION := 3.8.0
 CLIENTS := tests/clients
 BROWSER := tests/browser
+API := tests/api
 # The tests that leave the number of workers open: all but those in which processes die.
 ANY_WORKERS = $(filter-out %/cluster.test.js %/faults.test.js,$(wildcard $(CLIENTS)/*.test.js))
 PEER := benches/chat
@@ -27,10 +28,12 @@ endef
 # Where `make install` puts things; DESTDIR goes before all of it.
 PREFIX := /usr/local
 BIN := $(TARGET_DIR)/release/banter
+# The Python environment of `make test-api`.
+SCHEMATHESIS := $(TARGET_DIR)/schemathesis
 # Root needs no sudo; without a terminal sudo must not ask.
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo -n)
 
-.PHONY: help run build install deb test test-unit test-clients test-redis test-systemd test-browser test-compose nix-check bench fmt lint advisories install-node install-test-deps install-browser-deps install-bench-deps
+.PHONY: help run build install deb test test-unit test-clients test-api test-redis test-systemd test-browser test-compose nix-check bench fmt lint advisories install-node install-test-deps install-browser-deps install-bench-deps
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 20
@@ -41,7 +44,7 @@ run: ## Build and run a server on port 8000 (make run ARGS="--port 9000 --worker
 build: ## Build the binary that the client tests run
 	@$(CARGO) build --locked
 
-test: test-unit test-clients test-redis test-systemd test-browser ## Run all tests
+test: test-unit test-clients test-api test-redis test-systemd test-browser ## Run all tests
 
 test-unit: install-redis-server ## Run the tests of the crate
 	@log=$$(mktemp)
@@ -54,6 +57,10 @@ test-unit: install-redis-server ## Run the tests of the crate
 test-clients: install-test-deps build ## Run real Socket.IO clients of four major versions against the binary
 	@export BANTER_BIN="$${BANTER_BIN:-$(abspath $(TARGET_DIR))/debug/banter}"
 	node $(CLIENTS)/run.js $(FILES)
+
+test-api: install-test-deps install-schemathesis build ## Hold REST's answers against docs/openapi.json, with requests that schemathesis makes up
+	@export BANTER_BIN="$${BANTER_BIN:-$(abspath $(TARGET_DIR))/debug/banter}" SCHEMATHESIS="$(abspath $(SCHEMATHESIS))/bin/schemathesis"
+	node $(CLIENTS)/run.js $(wildcard $(API)/*.test.js)
 
 test-redis: install-test-deps build ## Run them with Redis as the store, which misbehaves; on one, two and four workers
 	@export BANTER_BIN="$${BANTER_BIN:-$(abspath $(TARGET_DIR))/debug/banter}" BANTER_TEST_STORE=redis
@@ -131,7 +138,7 @@ deb: install-cargo-deb ## Build a Debian package, in target/debian
 $(TARGET_DIR)/release/banter:
 	@$(CARGO) build --release --locked
 
-.PHONY: install-redis-server install-systemd-container install-cargo-deb install-python install-nix install-proxies apt-install
+.PHONY: install-redis-server install-systemd-container install-cargo-deb install-python install-schemathesis install-nix install-proxies apt-install
 # Unoptimised, and without what is not needed, it builds in half a minute; the work is xz's and strip's.
 install-cargo-deb:
 	@command -v dpkg-shlibdeps >/dev/null || $(MAKE) apt-install PACKAGES=dpkg-dev
@@ -146,6 +153,17 @@ install-systemd-container:
 # The machines of the tests have only the system's own.
 install-python:
 	@PATH=/usr/local/bin:/usr/bin:/bin command -v python3 >/dev/null || $(MAKE) apt-install PACKAGES=python3
+
+install-schemathesis:
+	@stamp=$(SCHEMATHESIS)/.installed
+	if ! cmp -s $(API)/requirements.txt "$$stamp"; then
+		echo "installing schemathesis in $(SCHEMATHESIS)"
+		python3 -c 'import ensurepip, venv' 2>/dev/null || $(MAKE) apt-install PACKAGES=python3-venv
+		rm -rf $(SCHEMATHESIS)
+		python3 -m venv $(SCHEMATHESIS)
+		$(SCHEMATHESIS)/bin/pip install --quiet --disable-pip-version-check --no-input -r $(API)/requirements.txt
+		cp $(API)/requirements.txt "$$stamp"
+	fi
 
 install-nix:
 	@command -v nix-instantiate >/dev/null || $(MAKE) apt-install PACKAGES=nix-bin

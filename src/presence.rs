@@ -8,6 +8,7 @@
 use std::collections::{BTreeMap, HashMap, VecDeque};
 
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 /// How many events the master keeps for replicas that fell behind; older ones get a snapshot.
 const LOG_LENGTH: usize = 4096;
@@ -31,7 +32,7 @@ impl std::fmt::Display for Position {
 }
 
 /// What a user shows to the others in a channel.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Status {
     /// At the keyboard.

@@ -15,6 +15,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
+use utoipa::ToSchema;
 
 use crate::presence::Numbered;
 
@@ -79,7 +80,8 @@ pub struct Posted {
 /// The event that clients receive for a message, as stored.
 ///
 /// `{message, user, date, id, channel}`, and `nonce` if the client chose one.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, ToSchema)]
+#[schema(as = Message)]
 pub struct EventBody<'a> {
     /// The text.
     pub message: &'a str,

@@ -13,7 +13,8 @@ use parking_lot::Mutex;
 use tokio::sync::Notify;
 
 use super::body::Fields;
-use super::error::ApiError;
+use super::error::{ApiError, ErrorBody};
+use super::openapi::{Anywhere, Credentials, Limited, Login, WithBody, WithPassword};
 use super::token::Issued;
 use crate::limits::{KeyedBuckets, Limit};
 use crate::routing::RoutingKey;
@@ -163,7 +164,22 @@ impl Drop for Attempt<'_> {
     }
 }
 
-/// `POST /auth/register`.
+/// Makes an account, and gives a token for it.
+#[utoipa::path(
+    post,
+    path = "/auth/register",
+    tag = "accounts",
+    security(),
+    request_body = Credentials,
+    responses(
+        (status = 200, description = "The account is made", body = Issued),
+        (status = 400, description = "Something is missing, or not allowed: the text says what",
+            body = ErrorBody, example = json!({ "error": "Missing parameter!" })),
+        (status = 409, description = "Somebody has the name", body = ErrorBody,
+            example = json!({ "error": "User with name already exists" })),
+        Anywhere, WithBody, Limited, WithPassword,
+    ),
+)]
 pub async fn register(
     State(app): State<Arc<App>>,
     Extension(connection): Extension<Arc<Handle>>,
@@ -192,7 +208,23 @@ pub async fn register(
     }
 }
 
-/// `POST /auth/login`.
+/// Gives a token for an account.
+#[utoipa::path(
+    post,
+    path = "/auth/login",
+    tag = "accounts",
+    security(),
+    request_body = Login,
+    responses(
+        (status = 200, description = "Name and password are right", body = Issued),
+        (status = 400, description = "Something is missing, empty, or not a string",
+            body = ErrorBody, example = json!({ "error": "Missing parameter!" })),
+        (status = 401, description = "There is no such account, or the password is another: \
+            the answer does not tell which", body = ErrorBody,
+            example = json!({ "error": "Wrong name or password" })),
+        Anywhere, WithBody, Limited, WithPassword,
+    ),
+)]
 pub async fn login(
     State(app): State<Arc<App>>,
     Extension(connection): Extension<Arc<Handle>>,

@@ -10,10 +10,12 @@ use base64::Engine as _;
 use base64::prelude::BASE64_URL_SAFE_NO_PAD;
 use http::StatusCode;
 use serde::Serialize;
+use utoipa::ToSchema;
 
 use super::body::Fields;
-use super::error::ApiError;
+use super::error::{ApiError, ErrorBody};
 use super::messages;
+use super::openapi::{self, Anywhere, Limited, NewChannel, OnChannel, WithBody, WithToken};
 use super::token::Caller;
 use crate::control::JoinedElsewhere;
 use crate::limits::{KeyedBuckets, Limit};
@@ -43,34 +45,50 @@ pub fn creations(post_rate: u32) -> KeyedBuckets<String> {
 }
 
 /// A public channel, as the list shows it.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 #[serde(rename_all = "camelCase")]
+#[schema(as = Channel)]
 pub struct Listed {
+    /// For people.
+    #[schema(example = "General")]
     name: String,
+    /// For programs.
+    #[schema(example = "general")]
     key: String,
+    /// Members who are online.
     online_count: usize,
 }
 
-/// `GET /channels`'s answer.
-#[derive(Debug, Serialize)]
+/// The public channels.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = Channels)]
 pub struct List {
+    /// General, Programming, Random, then the others in order of creation.
     channels: Vec<Listed>,
 }
 
-/// `POST /channels`'s answer.
-#[derive(Debug, Serialize)]
+/// A channel that was made.
+#[derive(Debug, Serialize, ToSchema)]
 #[serde(rename_all = "camelCase")]
+#[schema(as = CreatedChannel)]
 pub struct Created {
+    #[schema(example = "Gardening")]
     name: String,
+    /// 32 random bytes, base64url.
+    #[schema(example = "Yj0zgWkYpGDyWEYPr6pKZ8pzKkTUxZVvDkQSwpsgxyQ")]
     key: String,
+    /// 0, as nobody is in it.
     online_users: usize,
+    /// The same.
     online_count: usize,
 }
 
 /// A member of a channel.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, ToSchema)]
 pub struct Member {
+    #[schema(example = "ann")]
     username: String,
+    /// What it says of itself in this channel.
     status: Status,
 }
 
@@ -84,16 +102,28 @@ impl Member {
     }
 }
 
-/// The answer to a join.
-#[derive(Debug, Serialize)]
+/// A channel for one who joins it.
+#[derive(Debug, Serialize, ToSchema)]
 #[serde(rename_all = "camelCase")]
+#[schema(as = JoinedChannel)]
 pub struct Joined {
+    #[schema(example = "general")]
     key: String,
+    #[schema(schema_with = openapi::stored_messages)]
     messages: Vec<String>,
+    /// Everybody in it, the caller included.
     online_users: Vec<Member>,
 }
 
-/// `GET /channels`.
+/// Lists the public channels.
+#[utoipa::path(
+    get,
+    path = "/channels",
+    tag = "channels",
+    operation_id = "channels",
+    security(("token" = [])),
+    responses((status = 200, description = "All of them", body = List), Anywhere, WithToken),
+)]
 pub async fn list(State(app): State<Arc<App>>, _caller: Caller) -> Result<Json<List>, ApiError> {
     let stored = app.store.channels().await?;
     let channels = stored
@@ -113,7 +143,21 @@ pub async fn list(State(app): State<Arc<App>>, _caller: Caller) -> Result<Json<L
     Ok(Json(List { channels }))
 }
 
-/// `POST /channels`.
+/// Makes a public channel.
+#[utoipa::path(
+    post,
+    path = "/channels",
+    tag = "channels",
+    operation_id = "createChannel",
+    security(("token" = [])),
+    request_body = NewChannel,
+    responses(
+        (status = 201, description = "It is made", body = Created),
+        (status = 400, description = "The name is missing, blank, not a string or too long",
+            body = ErrorBody, example = json!({ "error": "Missing channel name!" })),
+        Anywhere, WithBody, Limited, WithToken,
+    ),
+)]
 pub async fn create(
     State(app): State<Arc<App>>,
     caller: Caller,
@@ -161,7 +205,28 @@ pub async fn create(
     ))
 }
 
-/// `POST /channels/KEY/join`.
+/// Puts the caller's Socket.IO session into a channel.
+///
+/// Any key is a channel; who knows it may join. The caller's socket gets live events from right after the last of
+/// `messages` on. Joining twice is joining once. Without a living session the answer is the same, and
+/// nobody is joined.
+#[utoipa::path(
+    post,
+    path = "/channels/{key}/join",
+    tag = "channels",
+    operation_id = "join",
+    security(("token" = [])),
+    params(("key" = String, Path, description = "The channel's key: 1 to 128 characters of UTF-8",
+        min_length = 1, max_length = 128, example = "general")),
+    responses(
+        (status = 200, description = "The latest 25 messages, and who is there", body = Joined),
+        (status = 400, description = "The key is too long, or is no UTF-8", body = ErrorBody,
+            example = json!({ "error": "The channel key must be 1 to 128 characters of UTF-8" })),
+        (status = 403, description = "The session is in 128 channels already", body = ErrorBody,
+            example = json!({ "error": "You are in too many channels, leave one first" })),
+        Anywhere, OnChannel, WithToken,
+    ),
+)]
 pub async fn join(
     State(app): State<Arc<App>>,
     caller: Caller,

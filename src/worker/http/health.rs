@@ -7,30 +7,70 @@ use axum::Json;
 use axum::extract::State;
 use axum::response::{IntoResponse as _, Response};
 use http::StatusCode;
-use serde_json::json;
+use serde::Serialize;
+use utoipa::ToSchema;
 
 use crate::worker::App;
 
 /// How long the master may be away before that is a problem: a restart takes less.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-/// `GET /health`: whether this worker can serve, and which one it is.
+/// How it is with a worker.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct Health {
+    /// What is wrong, for a person.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    error: Option<&'static str>,
+    status: Condition,
+    /// Of the program.
+    #[schema(example = "0.1.0")]
+    version: &'static str,
+    /// The worker's number.
+    worker: u32,
+}
+
+/// Whether a worker can serve.
+#[derive(Debug, Serialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+enum Condition {
+    Ok,
+    Unavailable,
+}
+
+/// Tells whether the worker that answers can serve.
+///
+/// A master that is away is waited for, 2 s at most.
+#[utoipa::path(
+    get,
+    path = "/health",
+    tag = "server",
+    operation_id = "health",
+    security(),
+    responses(
+        (status = 200, description = "It can", body = Health,
+            example = json!({ "status": "ok", "version": "0.1.0", "worker": 0 })),
+        (status = 503, description = "It cannot", body = Health,
+            example = json!({ "error": "The master is not reachable", "status": "unavailable",
+                "version": "0.1.0", "worker": 0 })),
+    ),
+)]
 pub async fn read(State(app): State<Arc<App>>) -> Response {
-    let worker = app.identity.worker;
-    let version = env!("CARGO_PKG_VERSION");
-    let problem = if !app.link.await_connected(PATIENCE).await {
-        "The master is not reachable"
+    let error = if !app.link.await_connected(PATIENCE).await {
+        Some("The master is not reachable")
     } else if app.redis.as_ref().is_some_and(|redis| !redis.connected()) {
-        "Redis is not reachable"
+        Some("Redis is not reachable")
     } else {
-        return Json(json!({ "status": "ok", "worker": worker, "version": version }))
-            .into_response();
+        None
     };
-    let body = json!({
-        "status": "unavailable",
-        "error": problem,
-        "worker": worker,
-        "version": version,
-    });
-    (StatusCode::SERVICE_UNAVAILABLE, Json(body)).into_response()
+    let (code, status) = match error {
+        None => (StatusCode::OK, Condition::Ok),
+        Some(_) => (StatusCode::SERVICE_UNAVAILABLE, Condition::Unavailable),
+    };
+    let health = Health {
+        error,
+        status,
+        version: env!("CARGO_PKG_VERSION"),
+        worker: app.identity.worker,
+    };
+    (code, Json(health)).into_response()
 }

@@ -6,30 +6,66 @@ use axum::Json;
 use axum::extract::rejection::{PathRejection, QueryRejection};
 use axum::extract::{Path, Query, State};
 use serde::{Deserialize, Serialize};
+use utoipa::{IntoParams, ToSchema};
 
 use super::channels::channel_key;
-use super::error::ApiError;
+use super::error::{ApiError, ErrorBody};
+use super::openapi::{self, Anywhere, OnChannel, WithToken};
 use super::token::Caller;
 use crate::store::{Message, PAGE_LIMIT, Range};
 use crate::worker::App;
 
 /// Which messages; numbers are read here, so that what is wrong with one can be said.
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Default, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
 pub struct Params {
+    /// Position of the newest message wanted, counted from the channel's newest, which is 0.
+    #[param(value_type = Option<u64>, format = "uint64", example = 0)]
     start: Option<String>,
+    /// The position after the oldest message wanted.
+    #[param(value_type = Option<u64>, format = "uint64", example = 25)]
     end: Option<String>,
+    /// Messages before this id, the closest to it.
+    #[param(value_type = Option<u64>, format = "uint64")]
     before: Option<String>,
+    /// Messages after this id, the closest to it.
+    #[param(value_type = Option<u64>, format = "uint64")]
     after: Option<String>,
+    /// With `before` or `after`: so many at most.
+    #[param(value_type = Option<u64>, minimum = 1, maximum = 200)]
     limit: Option<String>,
 }
 
-/// The answer.
-#[derive(Debug, Serialize)]
+/// A part of a channel's history.
+#[derive(Debug, Serialize, ToSchema)]
 pub struct History {
+    #[schema(schema_with = openapi::stored_messages)]
     messages: Vec<String>,
 }
 
-/// `GET /channels/KEY/messages`.
+/// Reads a part of a channel's history.
+///
+/// By positions, `start` and `end`, or by ids, `before` or `after` with `limit`: 200 messages at most.
+/// Fewer than asked means that the history ends there.
+#[utoipa::path(
+    get,
+    path = "/channels/{key}/messages",
+    tag = "channels",
+    operation_id = "history",
+    security(("token" = [])),
+    params(
+        ("key" = String, Path, description = "The channel's key: 1 to 128 characters of UTF-8",
+            min_length = 1, max_length = 128, example = "general"),
+        Params,
+    ),
+    responses(
+        (status = 200, description = "The messages", body = History),
+        (status = 400, description = "The key or a number cannot be read, or the parameters do \
+            not go together: the text says what", body = ErrorBody,
+            example = json!({ "error": "start must be a whole number, zero or more" })),
+        Anywhere, OnChannel, WithToken,
+    ),
+)]
 pub async fn read(
     State(app): State<Arc<App>>,
     _caller: Caller,

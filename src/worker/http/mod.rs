@@ -6,6 +6,7 @@ pub mod channels;
 pub mod error;
 pub mod health;
 pub mod messages;
+pub mod openapi;
 pub mod token;
 pub mod web;
 
@@ -16,9 +17,11 @@ use axum::Router;
 use axum::extract::{DefaultBodyLimit, Request};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse as _, Response};
-use axum::routing::{any, get, post};
+use axum::routing::any;
 use http::{HeaderName, Method, header};
 use tower_http::cors::{AllowOrigin, Any, CorsLayer};
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
 
 use super::App;
 use super::socket;
@@ -36,15 +39,21 @@ const ALLOWED_HEADERS: [HeaderName; 2] = [header::AUTHORIZATION, header::CONTENT
 /// Methods that are used anywhere.
 const ALLOWED_METHODS: [Method; 4] = [Method::GET, Method::POST, Method::HEAD, Method::OPTIONS];
 
+/// The operations of REST: their routes, and the document about them.
+fn rest() -> OpenApiRouter<Arc<App>> {
+    OpenApiRouter::with_openapi(openapi::head())
+        .routes(routes!(accounts::register))
+        .routes(routes!(accounts::login))
+        .routes(routes!(channels::list, channels::create))
+        .routes(routes!(channels::join))
+        .routes(routes!(messages::read))
+        .routes(routes!(health::read))
+        .routes(routes!(openapi::read))
+}
+
 /// Everything that a worker serves.
 pub fn router(app: Arc<App>) -> Router {
-    let rest = Router::new()
-        .route("/auth/register", post(accounts::register))
-        .route("/auth/login", post(accounts::login))
-        .route("/channels", get(channels::list).post(channels::create))
-        .route("/channels/{key}/join", post(channels::join))
-        .route("/channels/{key}/messages", get(messages::read))
-        .route("/health", get(health::read))
+    let rest = Router::from(rest())
         .merge(web::routes())
         .fallback(async || ApiError::not_found())
         .method_not_allowed_fallback(async || ApiError::method_not_allowed())

@@ -8,6 +8,7 @@ use http::header;
 use http::request::Parts;
 use jsonwebtoken::{Algorithm, DecodingKey, EncodingKey, Header, Validation};
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 use super::error::ApiError;
 use crate::secret::JwtSecret;
@@ -25,11 +26,15 @@ struct Claims {
 }
 
 /// A signed token.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 #[serde(rename_all = "camelCase")]
+#[schema(as = Token)]
 pub struct Issued {
+    /// A JWT, HS256, with the claims `name`, `iat` and `exp`.
+    #[schema(example = "eyJ0eXAiOiJKV1QiLCJhbGciOiJIUzI1NiJ9.e30.c2ln")]
     token: String,
-    /// When it expires: Unix time, milliseconds.
+    /// When it expires: Unix time, **milliseconds**.
+    #[schema(example = 1_796_146_284_000_i64)]
     expires_in: i64,
 }
 

@@ -93,8 +93,8 @@ struct Site {
     files: Vec<(&'static str, Asset)>,
 }
 
-/// One file.
-struct Asset {
+/// One file, ready to be sent.
+pub struct Asset {
     kind: &'static str,
     plain: Variant,
     gzip: Variant,
@@ -115,7 +115,7 @@ pub fn routes<S: Clone + Send + Sync + 'static>() -> Router<S> {
 }
 
 async fn page(headers: HeaderMap) -> Response {
-    SITE.page.answer(&headers, REVALIDATE)
+    SITE.page.answer_anew(&headers)
 }
 
 async fn file(Path((version, name)): Path<(String, String)>, headers: HeaderMap) -> Response {
@@ -151,7 +151,8 @@ impl Site {
 }
 
 impl Asset {
-    fn new(kind: &'static str, content: Bytes) -> Self {
+    /// A file of a content type.
+    pub fn new(kind: &'static str, content: Bytes) -> Self {
         let digest = short(&Sha256::digest(&content));
         Self {
             kind,
@@ -164,6 +165,11 @@ impl Asset {
                 tag: format!("\"{digest}\""),
             },
         }
+    }
+
+    /// The file, or that the client has it already; clients ask for it each time.
+    pub fn answer_anew(&self, request: &HeaderMap) -> Response {
+        self.answer(request, REVALIDATE)
     }
 
     /// The file, or that the client has it already.
