@@ -32,6 +32,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, sleep_until};
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
 use crate::ConfigError;
 use crate::cli::{RedisArgs, ServeArgs, StateArgs};
@@ -453,7 +454,8 @@ struct Stop {
 }
 
 /// Runs the children until they are told to stop by a first message of `signals`; a second one kills
-/// them. One that asks for it has `reload` read the settings again, and then the children. Calls `announce` once, when the master and any worker are ready.
+/// them. One that asks for it has `reload` read the settings again, and then the children. Calls
+/// `announce` once, when the master and any worker are ready.
 ///
 /// # Errors
 ///
@@ -470,7 +472,7 @@ async fn supervise_all(
     let [stop_workers, stop_master] = &stop;
     let (master_ready, is_master_ready) = watch::channel(false);
     let (worker_ready, is_worker_ready) = watch::channel(false);
-    let mut children = JoinSet::new();
+    let (mut children, working) = (JoinSet::new(), TaskTracker::new());
     children.spawn(supervise(
         master,
         timing.clone(),
@@ -479,14 +481,11 @@ async fn supervise_all(
     ));
     for worker in workers {
         let ready = worker_ready.clone();
-        children.spawn(supervise(
-            worker,
-            timing.clone(),
-            ready,
-            stop_workers.clone(),
-        ));
+        let worker = supervise(worker, timing.clone(), ready, stop_workers.clone());
+        children.spawn(working.track_future(worker));
     }
     drop(worker_ready);
+    working.close();
 
     let ready = async {
         became_true(is_master_ready).await;
@@ -504,22 +503,24 @@ async fn supervise_all(
                 };
                 if let Err(error) = ended {
                     outcome = outcome.and(Err(error));
-                    stop.iter().for_each(|stop| stop.term.cancel());
+                    stop_workers.term.cancel();
                 }
+            }
+            // The master last, so that it hears what became of the workers' sessions.
+            () = working.wait(), if is_stopping(stop_workers) && !is_stopping(stop_master) => {
+                stop_master.term.cancel();
             }
             Some(told) = signals.recv() => {
                 if told == Told::Reload {
                     reload();
                     stop.iter().for_each(|stop| stop.reload.send_modify(|times| *times += 1));
-                } else if stop_master.term.is_cancelled() {
+                } else if is_stopping(stop_workers) {
                     tracing::warn!("told to stop again, killing what is left");
                     stop.iter().for_each(|stop| stop.kill.cancel());
                 } else {
                     tracing::info!("stopping");
-                    systemd::stopping(timing.stop_within);
-                    // The workers first, so that they say goodbye to their clients while the master
-                    // is still there. Nobody waits for anybody.
-                    stop.iter().for_each(|stop| stop.term.cancel());
+                    systemd::stopping(2 * timing.stop_within);
+                    stop_workers.term.cancel();
                 }
             }
             () = &mut ready, if announce.is_some() => {
@@ -529,6 +530,10 @@ async fn supervise_all(
             }
         }
     }
+}
+
+fn is_stopping(stop: &Stop) -> bool {
+    stop.term.is_cancelled()
 }
 
 /// Waits until the value is true, for ever if nobody can set it any more.
@@ -1110,34 +1115,40 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn children_are_told_to_stop_all_at_once_and_waited_for() {
+    async fn workers_are_told_to_stop_all_at_once_and_the_master_once_they_have() {
         let dir = tempfile::tempdir().unwrap();
-        // Each waits for the other's word before it ends.
+        // Each worker waits for the other's word before it ends.
         let wait_for = |own: &str, other: &str| {
             format!(
                 "trap 'echo {own}-told >> $LOG
                        until grep -q {other}-told $LOG; do sleep 0.01; done
-                       echo {own}-ended >> $LOG; exit 0' INT
+                       echo ended >> $LOG; exit 0' INT
                  echo start >> $LOG; while :; do sleep 0.05; done"
             )
         };
-        let master = shell(&dir, "master", &wait_for("master", "worker"));
-        let worker = shell(&dir, "worker 0", &wait_for("worker", "master"));
+        let master = shell(
+            &dir,
+            "master",
+            "trap 'echo master-told >> $LOG; exit 0' INT
+             echo start >> $LOG; while :; do sleep 0.05; done",
+        );
+        let workers = [("a", "b"), ("b", "a")]
+            .map(|(own, other)| shell(&dir, &format!("worker {own}"), &wait_for(own, other)));
         let (sender, signals) = mpsc::channel(1);
         let all = tokio::spawn(supervise_all(
             master,
-            vec![worker],
+            workers.into(),
             patient(),
             signals,
             || (),
             || (),
         ));
-        until(&dir, "both to run", |lines| count(lines, "start") == 2).await;
+        until(&dir, "all to run", |lines| count(lines, "start") == 3).await;
         sender.send(Told::Stop).await.unwrap();
         timeout(DEADLINE, all).await.unwrap().unwrap().unwrap();
         let lines = log(&dir);
-        let ended = count(&lines, "master-ended") + count(&lines, "worker-ended");
-        assert_eq!(ended, 2, "{lines:?}");
+        assert_eq!(count(&lines, "ended"), 2, "{lines:?}");
+        assert_eq!(lines.last().map(String::as_str), Some("master-told"));
     }
 
     #[tokio::test]
@@ -1158,7 +1169,10 @@ mod tests {
         ));
         until(&dir, "both to run", |lines| count(lines, "start") == 2).await;
         sender.send(Told::Stop).await.unwrap();
-        until(&dir, "both to be told", |lines| count(lines, "told") == 2).await;
+        until(&dir, "the worker to be told", |lines| {
+            count(lines, "told") == 1
+        })
+        .await;
         assert!(!all.is_finished());
         sender.send(Told::Stop).await.unwrap();
         timeout(DEADLINE, all).await.unwrap().unwrap().unwrap();

@@ -264,8 +264,9 @@ describe('stopping', () => {
       await ann.waitForLife('disconnect');
       await until('another worker', () => banter.roles().workers.get(0) !== pid, 10_000);
       await ann.when('back', () => ann.all('logged_in').length === 2, 20_000);
-      // Stopping has to take less than a drain does.
+      // Stopping has to take less than a drain does, and the master hears how the session ended.
       await banter.stop();
+      assert.doesNotMatch(banter.logs(), /could not be told/);
     } finally {
       world.close();
       await banter.remove();
