@@ -809,8 +809,11 @@ mod tests {
     fn shell(dir: &TempDir, name: &str, script: &str) -> ChildSpec {
         ChildSpec {
             name: name.to_owned(),
-            program: "/bin/sh".into(),
-            args: vec!["-c".into(), script.into()],
+            // A shell cannot trap what was ignored when it began, as SIGINT is in the background.
+            program: "/usr/bin/env".into(),
+            args: ["--default-signal=INT", "/bin/sh", "-c", script]
+                .map(Into::into)
+                .into(),
             env: vec![("LOG".to_owned(), log_path(dir).into())],
             sockets: Vec::new(),
             notify_path: dir.path().join(format!("{name}.sock")),
