@@ -34,6 +34,8 @@ rustPlatform.buildRustPackage {
         # tests/settings.rs reads them.
         ./module.nix
         ./settings.nix
+        ../.env.example
+        ../docker-compose.yml
       ]
     );
   };

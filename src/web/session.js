@@ -34,6 +34,13 @@ const PAUSE = 1_000;
 /** Least time between two typing notices: milliseconds. */
 const TYPING_EVERY = 3_000;
 
+/** How long to wait before a request is repeated that cannot be carried out for the moment; undefined for any other answer. */
+function pauseAfter(answer) {
+  if (answer?.code === 'rate_limited') return answer.retryAfter ?? PAUSE;
+  if (answer?.code === 'unavailable') return PAUSE * (0.5 + Math.random());
+  return undefined;
+}
+
 const sleep = (time) => new Promise((resolve) => setTimeout(resolve, time));
 
 /** A message as the rest of the client wants it, or undefined if it is none. */
@@ -276,9 +283,9 @@ export class Session {
         if (!(error instanceof NoAnswer) || this.socket.state !== 'connected') throw error;
         continue;
       }
-      if (answer?.code === 'rate_limited') await sleep(answer.retryAfter ?? PAUSE);
-      else if (answer?.code === 'unavailable') await sleep(PAUSE * (0.5 + Math.random()));
-      else return answer ?? {};
+      const pause = pauseAfter(answer);
+      if (pause === undefined) return answer ?? {};
+      await sleep(pause);
     }
   }
 
@@ -312,20 +319,27 @@ export class Session {
       }
     } catch (error) {
       if (!(error instanceof NoAnswer)) throw error;
+      // Without a connection the next one goes on from here.
+      if (this.socket.state === 'connected') setTimeout(() => this.sendPosts(key), PAUSE);
     } finally {
       place.posting = false;
     }
   }
 
+  /** One attempt; the entry stays queued if it has to be made again. */
   async sendPost(entry, place) {
     if (entry.triedAt && Date.now() - entry.triedAt > NONCE_MEMORY && !(await this.isUnsent(entry))) return;
     entry.triedAt ??= Date.now();
     entry.after ??= place.seen;
     this.outboxChanged(entry);
     const { channel, text: message, nonce } = entry;
-    const answer = await this.insist(() => this.socket.request('message:post', { channel, message, nonce }));
+    const answer = await this.socket.request('message:post', { channel, message, nonce }) ?? {};
     if (!this.outbox.includes(entry)) return;
-    if (answer.error === undefined) {
+    const pause = pauseAfter(answer);
+    if (pause !== undefined) {
+      // Then all over again: the nonce may be too old by that time.
+      await sleep(pause);
+    } else if (answer.error === undefined) {
       this.settle(entry, { id: answer.id, date: Date.parse(answer.date) }, place);
     } else if (answer.code === 'not_joined') {
       place.joined = false;

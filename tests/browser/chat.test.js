@@ -97,6 +97,7 @@ suite('the page', {}, (scenario, banter) => {
     await cid.online();
     await cid.until(() => document.querySelector('#people .person.away .person-name')?.textContent === 'dot');
     // Gone.
+    await dot.check();
     await dot.context.close();
     await cid.until(() => document.querySelectorAll('#people .person').length === 1);
     dot.check = async () => {};

@@ -80,7 +80,6 @@ suite('history', {}, (scenario, banter) => {
     const frames = seen.frames.sort((a, b) => a - b);
     const at = (share) => frames[Math.floor(frames.length * share)];
     console.log(`10,000 messages: shown after ${shown} ms; ${frames.length} steps, a frame took ${at(0.5).toFixed(1)} ms (median), ${at(0.95).toFixed(1)} ms (95 %), ${at(0.999).toFixed(1)} ms (most but one in a thousand); at most ${seen.most} in the document`);
-    assert.ok(at(0.5) < 50, `a frame takes ${at(0.5)} ms`);
     await eve.$('#beginning').filter({ hasText: 'begins' }).waitFor();
     // A message that comes now does not disturb who reads old ones.
     const fay = await world.person('fay');

@@ -335,7 +335,9 @@ let
           "systemd/banter.service"
         ];
         tests = [
+          ".env.example"
           "clippy.toml"
+          "docker-compose.yml"
           "nix/module.nix"
           "nix/settings.nix"
           "rustfmt.toml"

@@ -58,7 +58,8 @@ suite('the cage', { redis: true }, (scenario) => {
     assert.strictEqual(login._SYSTEMD_UNIT, 'banter-worker@1.service');
     assert.strictEqual(login.SYSLOG_IDENTIFIER, 'banter');
     assert.ok((await journal('BANTER_WORKER=1')).length > 0);
-    assert.ok((await journal('BANTER_EVENT=master_started')).every((entry) => entry._SYSTEMD_UNIT === 'banter.service'));
+    const started = await journal('BANTER_EVENT=master_started');
+    assert.ok(started.length > 0 && started.every((entry) => entry._SYSTEMD_UNIT === 'banter.service'));
     const all = await journal('SYSLOG_IDENTIFIER=banter');
     // An entry without a text is not shown by `journalctl`.
     assert.deepStrictEqual(all.filter(({ MESSAGE }) => !MESSAGE), []);
@@ -147,7 +148,7 @@ suite('the cage', { redis: true }, (scenario) => {
     for (const unit of SERVICES) assert.strictEqual((await show(unit, 'NRestarts')).NRestarts, '0', `${unit} did not die of it`);
   });
 
-  scenario('with the example beside the units, a Redis over TCP is reached, and nothing else', async ({ banter }) => {
+  scenario('with the example beside the units, a Redis over TCP is reached', async ({ banter }) => {
     const example = fs.readFileSync('/usr/share/doc/banter/examples/redis-tcp.conf', 'utf8');
     for (const unit of ['banter.service', 'banter-worker@.service']) dropIn(unit, 'redis-tcp', example);
     await sh('redis-cli', '-s', '/run/redis/redis-server.sock', 'config', 'set', 'port', '6379');

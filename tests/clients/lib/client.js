@@ -56,7 +56,7 @@ class Line extends http.Agent {
 class Client {
   /**
    * `version`: 1 to 4. `transport`: polling, websocket, or upgrade (from polling to WebSocket).
-   * `session` and `resume` as API.md says; each version passes them in its own way.
+   * `session` and `resume` as docs/api.md says; each version passes them in its own way.
    * `reconnection: true` lets the library reconnect by itself; `keepUp: true` has it do so as a good
    * client: with its session and the last ids it knows.
    */
