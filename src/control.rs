@@ -15,7 +15,7 @@ use crate::presence::{Numbered, Position, Snapshot, Status};
 use crate::store::{BusEvent, Channel, Message, NewMessage, Page, Posted, Range, StoreError, User};
 
 /// Version of the frames; both sides must have the same one.
-pub const PROTOCOL: u32 = 1;
+pub const PROTOCOL: u32 = 2;
 
 /// The largest frame. Only snapshots come near it, and only those of hundreds of thousands of
 /// sessions; both ends are Banter's own, so its size is a bound and not a danger.

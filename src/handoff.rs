@@ -34,7 +34,7 @@ use tokio::io::Interest;
 use tokio::net::{UnixListener, UnixStream};
 
 /// The version of the frames, as a worker states it in [`ToMaster::Hello`].
-pub const PROTOCOL: u32 = 2;
+pub const PROTOCOL: u32 = crate::control::PROTOCOL;
 
 /// The most bytes of a frame.
 pub const MAX_FRAME: usize = 1024;

@@ -47,8 +47,8 @@ impl Signals {
         }
     }
 
-    /// Waits for a signal that asks for an end, at once where one was asked for before.
-    pub async fn stopped_again(&mut self) {
+    /// Waits for a signal that asks for an end.
+    pub async fn stop(&mut self) {
         while self.next().await == Told::Reload {}
     }
 }

@@ -154,16 +154,23 @@ fn parse_filter(filter: &str) -> Result<EnvFilter, ConfigError> {
     } else {
         filter
     };
-    let filter = EnvFilter::builder().parse(filter).map_err(|error| {
+    let parsed = EnvFilter::builder().parse(filter).map_err(|error| {
         ConfigError::new(format!(
             "--log (RUST_LOG): {filter:?} is no log filter ({error}); expected error, warn, info, \
              debug or trace, or directives such as info,banter::master=debug"
         ))
     })?;
-    // What it traces are whole frames, with tokens and what people say to each other in them.
+    // What it traces are whole frames, with tokens and what people say to each other in them. A
+    // directive for a module of it would outrank ours.
+    if parsed.to_string().contains("tungstenite") {
+        return Err(ConfigError::new(format!(
+            "--log (RUST_LOG): {filter:?} names tungstenite, whose log shows tokens and messages; \
+             leave that out"
+        )));
+    }
     Ok(match "tungstenite=info".parse() {
-        Ok(directive) => filter.add_directive(directive),
-        Err(_) => filter,
+        Ok(directive) => parsed.add_directive(directive),
+        Err(_) => parsed,
     })
 }
 
@@ -196,7 +203,11 @@ mod tests {
 
     #[test]
     fn a_bad_filter_is_told_in_one_line_with_its_text() {
-        for filter in ["banter=loud", "info,a=b=c"] {
+        for filter in [
+            "banter=loud",
+            "info,a=b=c",
+            "info,tungstenite::protocol=trace",
+        ] {
             let error = parse_filter(filter).unwrap_err().to_string();
             assert!(
                 error.contains(&format!("{filter:?}")) && error.contains("RUST_LOG"),

@@ -623,7 +623,10 @@ impl Cluster {
         if self.is_fit() {
             systemd::watchdog();
         } else {
-            tracing::error!(event = "router_hangs", "no connections are routed");
+            tracing::error!(
+                event = "router_hangs",
+                "connections are not accepted or not routed"
+            );
         }
         self.report_status();
     }

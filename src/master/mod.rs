@@ -58,7 +58,11 @@ pub async fn run(args: MasterArgs, mut settings: Settings) -> anyhow::Result<()>
         Some(sockets) => sockets,
         None => systemd::ListenSockets::bind(args.port, &runtime_dir)?,
     };
-    let backend = Backend::open(&args, &runtime_dir).await?;
+    let backend = tokio::select! {
+        backend = Backend::open(&args, &runtime_dir) => backend?,
+        // A lease of another host may have to be waited for.
+        () = signals.stop() => return Ok(()),
+    };
 
     let (stop, accept_no_more) = (CancellationToken::new(), CancellationToken::new());
     let (tasks, under_way) = (TaskTracker::new(), TaskTracker::new());
@@ -151,7 +155,7 @@ pub async fn run(args: MasterArgs, mut settings: Settings) -> anyhow::Result<()>
                 connections = under_way.len(),
                 "some accepted connections find no worker: closing them"
             ),
-            () = signals.stopped_again() => {}
+            () = signals.stop() => {}
         }
     }
     stop.cancel();

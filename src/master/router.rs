@@ -349,8 +349,16 @@ impl Router {
             tokio::select! {
                 biased;
                 // Not to be starved by what follows.
-                _ = tick.tick() => {
-                    self.take_back_unanswered();
+                due = tick.tick() => {
+                    // What came before counts first. After a standstill of the process it may not even
+                    // have been read: then nothing is overdue before the next tick. Else two workers
+                    // would serve one connection.
+                    while let Ok(input) = links.try_recv() {
+                        self.heard(input);
+                    }
+                    if due.elapsed() < SILENCE / 5 {
+                        self.take_back_unanswered();
+                    }
                     self.recent.sweep(Instant::now());
                 }
                 // Acknowledgements before connections: they make room.

@@ -6,7 +6,7 @@ use std::convert::Infallible;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axum::Router;
 use axum::extract::Request;
@@ -204,9 +204,14 @@ impl Intake {
             let mut pause = RETRY.0;
             loop {
                 self.pulse.beat();
-                match self.stream(&mut pause).await {
+                let begun = Instant::now();
+                match self.stream().await {
                     Ok(()) => tracing::debug!("the master closed the hand-off stream"),
                     Err(error) => tracing::debug!(%error, "no hand-off stream: trying again"),
+                }
+                // One that ends at once, as with a master of another version, is no success.
+                if begun.elapsed() > RETRY.1 {
+                    pause = RETRY.0;
                 }
                 tokio::time::sleep(pause).await;
                 pause = (pause * 2).min(RETRY.1);
@@ -215,7 +220,7 @@ impl Intake {
         let _ = stop.run_until_cancelled(taking).await;
     }
 
-    async fn stream(&self, pause: &mut Duration) -> Result<(), HandoffError> {
+    async fn stream(&self) -> Result<(), HandoffError> {
         let end = WorkerEnd::connect(&self.handoff)?;
         let Identity { worker, boot } = self.identity.clone();
         end.send(&ToMaster::Hello {
@@ -224,7 +229,6 @@ impl Intake {
             boot,
         })
         .await?;
-        *pause = RETRY.0;
         let mut count = self.connections.count.subscribe();
         let mut capacity = self.capacity.clone();
         let mut said = None;

@@ -275,7 +275,7 @@ pub async fn run(args: WorkerArgs, mut settings: Settings) -> anyhow::Result<()>
     if told == Told::Stop {
         tokio::select! {
             () = drain.run() => {}
-            () = signals.stopped_again() => drain.at_once().await,
+            () = signals.stop() => drain.at_once().await,
         }
     } else {
         drain.at_once().await;
@@ -288,7 +288,9 @@ pub async fn run(args: WorkerArgs, mut settings: Settings) -> anyhow::Result<()>
 /// Tells the service manager that the dispatch loop goes round, and what it sees.
 fn sign_of_life(look: &Look) {
     systemd::status(&look.sentence());
-    if !look.ready.is_cancelled() {
+    if look.draining.is_cancelled() {
+        systemd::watchdog();
+    } else if !look.ready.is_cancelled() {
         // However long the master takes to come.
         systemd::starting(START);
     } else if look.intake.is_felt(INTAKE_SILENCE) {
