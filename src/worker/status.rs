@@ -116,8 +116,10 @@ mod tests {
         };
         assert_eq!(
             alone.to_string(),
-            "the master speaks version 7 of the control protocol, this worker 1: restart the older of \
-             the two; Redis is away; 14 connections, 12 users"
+            format!(
+                "the master speaks version 7 of the control protocol, this worker {PROTOCOL}: restart \
+                 the older of the two; Redis is away; 14 connections, 12 users"
+            )
         );
         let draining = Facts {
             draining: true,
