@@ -7,6 +7,7 @@ const assert = require('node:assert');
 const { describe, test } = require('node:test');
 const { World, otherStore } = require('./lib/suite.js');
 const { Banter, startBanter } = require('./lib/banter.js');
+const { parseMessage } = require('./lib/client.js');
 const { Random } = require('./lib/random.js');
 const { startRedis } = require('./lib/redis.js');
 const { channelPath } = require('./lib/rest.js');
