@@ -48,7 +48,7 @@ impl Signals {
     }
 
     /// Waits for a signal that asks for an end.
-    pub async fn stop(&mut self) {
+    pub async fn told_to_end(&mut self) {
         while self.next().await == Told::Reload {}
     }
 }

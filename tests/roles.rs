@@ -23,13 +23,7 @@ use rustix::process::Signal;
 fn at_a_cold_start_nothing_is_accepted_until_a_worker_can_serve_and_then_nothing_is_lost() {
     let place = Place::new();
     let master = place.master();
-    let mut waiting: Vec<TcpStream> = (2..52)
-        .map(|host| {
-            let mut stream = place.connect(host).unwrap();
-            ask_health(&mut stream, "close");
-            stream
-        })
-        .collect();
+    let mut waiting: Vec<TcpStream> = place.ask_health_from(2..52);
     // The kernel has completed fifty connections. Were the master to accept, it would do so now.
     let watched = Instant::now() + Duration::from_millis(500);
     while Instant::now() < watched {
@@ -71,13 +65,7 @@ fn a_worker_that_dies_takes_no_waiting_connection_along() {
     let worker = place.worker(0, &[]);
     place.hosts_of(0);
     worker.freeze();
-    let mut waiting: Vec<TcpStream> = (2..22)
-        .map(|host| {
-            let mut stream = place.connect(host).unwrap();
-            ask_health(&mut stream, "close");
-            stream
-        })
-        .collect();
+    let mut waiting: Vec<TcpStream> = place.ask_health_from(2..22);
     worker.signal(Signal::KILL);
     let _next = place.worker(0, &[]);
     for stream in &mut waiting {
@@ -94,13 +82,7 @@ fn a_master_that_is_told_to_stop_hands_over_what_it_has_accepted() {
     place.hosts_of(0);
     worker.freeze();
     let before = place.accepted();
-    let mut waiting: Vec<TcpStream> = (2..22)
-        .map(|host| {
-            let mut stream = place.connect(host).unwrap();
-            ask_health(&mut stream, "close");
-            stream
-        })
-        .collect();
+    let mut waiting: Vec<TcpStream> = place.ask_health_from(2..22);
     until("all are accepted", || {
         place.accepted() == before + waiting.len()
     });

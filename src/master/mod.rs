@@ -61,7 +61,7 @@ pub async fn run(args: MasterArgs, mut settings: Settings) -> anyhow::Result<()>
     let backend = tokio::select! {
         backend = Backend::open(&args, &runtime_dir) => backend?,
         // A lease of another host may have to be waited for.
-        () = signals.stop() => return Ok(()),
+        () = signals.told_to_end() => return Ok(()),
     };
 
     let (stop, accept_no_more) = (CancellationToken::new(), CancellationToken::new());
@@ -155,7 +155,7 @@ pub async fn run(args: MasterArgs, mut settings: Settings) -> anyhow::Result<()>
                 connections = under_way.len(),
                 "some accepted connections find no worker: closing them"
             ),
-            () = signals.stop() => {}
+            () = signals.told_to_end() => {}
         }
     }
     stop.cancel();

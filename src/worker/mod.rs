@@ -275,7 +275,7 @@ pub async fn run(args: WorkerArgs, mut settings: Settings) -> anyhow::Result<()>
     if told == Told::Stop {
         tokio::select! {
             () = drain.run() => {}
-            () = signals.stop() => drain.at_once().await,
+            () = signals.told_to_end() => drain.at_once().await,
         }
     } else {
         drain.at_once().await;

@@ -197,6 +197,17 @@ impl Place {
         self.run(&["worker", &number.to_string()], limits)
     }
 
+    /// A connection from 127.0.0.`host` for each, which has asked for `GET /health`.
+    pub fn ask_health_from(&self, hosts: std::ops::Range<u8>) -> Vec<TcpStream> {
+        hosts
+            .map(|host| {
+                let mut stream = self.connect(host).unwrap();
+                ask_health(&mut stream, "close");
+                stream
+            })
+            .collect()
+    }
+
     /// A connection from 127.0.0.`host`.
     pub fn connect(&self, host: u8) -> std::io::Result<TcpStream> {
         let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;

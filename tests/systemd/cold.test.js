@@ -7,6 +7,7 @@ const net = require('node:net');
 const { suite } = require('./lib/suite.js');
 const { SECRET_FILE } = require('./lib/deployment.js');
 const { systemctl, stateOf, becomes, journal, dropIn } = require('./lib/systemd.js');
+const { twoPeopleChat } = require('../clients/lib/village.js');
 const { until } = require('../clients/lib/wait.js');
 
 const SERVICES = ['banter.service', 'banter-worker@0.service', 'banter-worker@1.service'];
@@ -50,16 +51,7 @@ suite('cold start', { redis: true }, (scenario) => {
   });
 
   scenario('two people on two workers chat, in the cage, with Redis on a unix socket', async (world) => {
-    const { banter } = world;
-    const [ann, bob] = await Promise.all([[0, 1, 'polling'], [1, 4, 'websocket']].map(async ([worker, version, transport]) => (
-      world.person('chatter', { localAddress: await banter.addressOfWorker(worker), version, transport })
-    )));
-    const key = banter.key();
-    for (const client of [ann, bob]) await client.join(key);
-    await ann.post(key, 'from worker 0');
-    await bob.waitFor('message:post', (m) => m.message === 'from worker 0' && m.user === ann.name);
-    await bob.post(key, 'from worker 1');
-    await ann.waitFor('message:post', (m) => m.message === 'from worker 1' && m.user === bob.name);
+    await twoPeopleChat(world);
   });
 
   scenario('IPv4 and IPv6 reach it', async ({ banter }) => {

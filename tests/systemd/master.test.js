@@ -5,8 +5,7 @@ const assert = require('node:assert');
 const { suite } = require('./lib/suite.js');
 const { Knocker } = require('./lib/knocker.js');
 const { systemctl, mainPid, replaced, journal, becomes } = require('./lib/systemd.js');
-const { createChannels, settle, chatter, audit } = require('../clients/lib/village.js');
-const { until } = require('../clients/lib/wait.js');
+const { chatThrough } = require('../clients/lib/village.js');
 
 const RESIDENTS = 6;
 /** Connections between accept and hand-off at the instant of a SIGKILL. */
@@ -14,22 +13,15 @@ const HANDFUL = 10;
 
 /** Residents chat and newcomers knock while `harm` is done; gives how the newcomers fared. */
 async function meanwhile(world, harm) {
-  const { banter } = world;
-  const founder = await banter.register('founder');
-  const channels = await createChannels(banter, founder.token, 2);
-  const residents = await settle(world, channels, RESIDENTS);
-  const talk = chatter(residents, channels, { pause: 60 });
-  const knocker = new Knocker(banter);
-  await knocker.more(50);
-  await harm();
-  await knocker.more(100);
-  const soFar = talk.count();
-  await until('posts go on', () => talk.count() >= soFar + 3 * RESIDENTS, 30_000);
+  let knocker;
+  const { residents, posts } = await chatThrough(world, RESIDENTS, async () => {
+    knocker = new Knocker(world.banter);
+    await knocker.more(50);
+    await harm();
+    await knocker.more(100);
+  });
   const outcomes = await knocker.stop();
-  const texts = await talk.stop();
-  await Promise.all(residents.map((resident) => resident.settled()));
-  await audit(banter, founder.token, residents, texts);
-  console.log(`    newcomers: ${JSON.stringify(outcomes)}; ${talk.count()} posts`);
+  console.log(`    newcomers: ${JSON.stringify(outcomes)}; ${posts} posts`);
   return { outcomes, residents };
 }
 

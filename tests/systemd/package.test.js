@@ -9,8 +9,7 @@ const { suite } = require('./lib/suite.js');
 const { ROOT, BINARY, firstPackage, readme, type } = require('./lib/inputs.js');
 const { SECRET_FILE, SETTINGS_FILE } = require('./lib/deployment.js');
 const { run, sh, systemctl, show, stateOf, mainPid, becomes } = require('./lib/systemd.js');
-const { createChannels, settle, chatter, audit } = require('../clients/lib/village.js');
-const { until } = require('../clients/lib/wait.js');
+const { chatThrough, assertNobodyQuit, twoPeopleChat } = require('../clients/lib/village.js');
 
 const SERVICES = ['banter.service', 'banter-worker@0.service', 'banter-worker@1.service'];
 const SOCKETS = ['banter.socket', 'banter-control.socket', 'banter-handoff.socket'];
@@ -97,15 +96,7 @@ suite('the package', { bare: true }, (scenario) => {
     assert.match(await type(bringUp), /^ok: worker [01], version /m);
     await banter.serving();
     for (const unit of UNITS) await becomes(unit, 'active');
-    const [ann, bob] = await Promise.all([[0, 1, 'polling'], [1, 4, 'websocket']].map(async ([worker, version, transport]) => (
-      world.person('chatter', { localAddress: await banter.addressOfWorker(worker), version, transport })
-    )));
-    const key = banter.key();
-    for (const client of [ann, bob]) await client.join(key);
-    await ann.post(key, 'from worker 0');
-    await bob.waitFor('message:post', (m) => m.message === 'from worker 0' && m.user === ann.name);
-    await bob.post(key, 'from worker 1');
-    await ann.waitFor('message:post', (m) => m.message === 'from worker 1' && m.user === bob.name);
+    const [ann] = await twoPeopleChat(world);
     kept.ann = ann.user;
   });
 
@@ -115,32 +106,24 @@ suite('the package', { bare: true }, (scenario) => {
     kept.settings = read(SETTINGS_FILE);
     await systemctl('restart', ...SERVICES);
     await banter.serving();
-    const founder = await banter.register('founder');
-    const channels = await createChannels(banter, founder.token, 2);
-    const residents = await settle(world, channels, RESIDENTS);
-    const talk = chatter(residents, channels, { pause: 60 });
-    await until('people talk', () => talk.count() >= RESIDENTS, 30_000);
-    const old = await Promise.all(SERVICES.map(mainPid));
-    const begun = performance.now();
-    await sh('dpkg', '--install', await laterPackage());
-    const took = performance.now() - begun;
-    // Not some time later: once dpkg is done, so is the upgrade.
-    for (const [i, unit] of SERVICES.entries()) {
-      assert.notStrictEqual(await mainPid(unit), old[i], `${unit} was restarted`);
-      assert.strictEqual(await programOf(unit), '/usr/bin/banter', unit);
-    }
-    const { Description, NeedDaemonReload } = await show('banter.service', 'Description', 'NeedDaemonReload');
-    assert.match(Description, /, later 1$/);
-    assert.strictEqual(NeedDaemonReload, 'no');
-    await banter.serving();
-    await Promise.all(residents.map((resident) => resident.settled()));
-    const soFar = talk.count();
-    await until('posts go on', () => talk.count() >= soFar + 3 * RESIDENTS, 30_000);
-    const texts = await talk.stop();
-    await Promise.all(residents.map((resident) => resident.settled()));
-    await audit(banter, founder.token, residents, texts);
-    for (const resident of residents) assert.deepStrictEqual(resident.all('user : quit'), [], `${resident} was told of somebody's end`);
-    console.log(`    the upgrade took ${took.toFixed(0)} ms, ${talk.count()} posts; connections: ${residents.map(({ connections }) => connections).join(' ')}`);
+    let took;
+    const { residents, posts } = await chatThrough(world, RESIDENTS, async () => {
+      const old = await Promise.all(SERVICES.map(mainPid));
+      const begun = performance.now();
+      await sh('dpkg', '--install', await laterPackage());
+      took = performance.now() - begun;
+      // Not some time later: once dpkg is done, so is the upgrade.
+      for (const [i, unit] of SERVICES.entries()) {
+        assert.notStrictEqual(await mainPid(unit), old[i], `${unit} was restarted`);
+        assert.strictEqual(await programOf(unit), '/usr/bin/banter', unit);
+      }
+      const { Description, NeedDaemonReload } = await show('banter.service', 'Description', 'NeedDaemonReload');
+      assert.match(Description, /, later 1$/);
+      assert.strictEqual(NeedDaemonReload, 'no');
+      await banter.serving();
+    });
+    assertNobodyQuit(residents);
+    console.log(`    the upgrade took ${took.toFixed(0)} ms, ${posts} posts; connections: ${residents.map(({ connections }) => connections).join(' ')}`);
     assert.strictEqual(read(SETTINGS_FILE), kept.settings, 'what the operator wrote');
     assert.strictEqual(read(SECRET_FILE), kept.secret);
   });

@@ -7,32 +7,17 @@ const { suite } = require('./lib/suite.js');
 const { Knocker } = require('./lib/knocker.js');
 const { systemctl, mainPid, replaced, journal, dropIn, becomes } = require('./lib/systemd.js');
 const { RawWebSocket, frame, TEXT } = require('../clients/lib/raw.js');
-const { createChannels, settle, chatter, audit } = require('../clients/lib/village.js');
+const { chatThrough, assertNobodyQuit } = require('../clients/lib/village.js');
 const { until } = require('../clients/lib/wait.js');
 
 const RESIDENTS = 8;
 
 /** Residents chat while `harm` is done; nothing is lost. Gives them. */
 async function meanwhile(world, harm) {
-  const { banter } = world;
-  await banter.serving();
-  const founder = await banter.register('founder');
-  const channels = await createChannels(banter, founder.token, 2);
-  const residents = await settle(world, channels, RESIDENTS);
-  const talk = chatter(residents, channels, { pause: 60 });
-  await until('people talk', () => talk.count() >= RESIDENTS, 30_000);
-  await harm(residents);
-  await Promise.all(residents.map((resident) => resident.settled()));
-  const soFar = talk.count();
-  await until('posts go on', () => talk.count() >= soFar + 3 * RESIDENTS, 30_000);
-  const texts = await talk.stop();
-  await Promise.all(residents.map((resident) => resident.settled()));
-  await audit(banter, founder.token, residents, texts);
-  // Every session was resumed: nobody was told that somebody left or came.
-  for (const resident of residents) {
-    assert.deepStrictEqual(resident.all('user : quit'), [], `${resident} was told of somebody's end`);
-  }
-  console.log(`    ${talk.count()} posts; connections: ${residents.map(({ connections }) => connections).join(' ')}`);
+  await world.banter.serving();
+  const { residents, posts } = await chatThrough(world, RESIDENTS, harm);
+  assertNobodyQuit(residents);
+  console.log(`    ${posts} posts; connections: ${residents.map(({ connections }) => connections).join(' ')}`);
   return residents;
 }
 

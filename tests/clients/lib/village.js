@@ -5,7 +5,7 @@ const assert = require('node:assert');
 const { VERSIONS, TRANSPORTS, parseMessage } = require('./client.js');
 const { Resident } = require('./resident.js');
 const { channelPath } = require('./rest.js');
-const { sleep } = require('./wait.js');
+const { sleep, until } = require('./wait.js');
 
 /** New public channels, whose members `GET /channels` counts. */
 async function createChannels(banter, token, count) {
@@ -123,4 +123,47 @@ async function audit(server, token, residents, texts) {
   }
 }
 
-module.exports = { createChannels, history, settle, chatter, everythingHeard, audit };
+/**
+ * `count` residents chat while `harm(residents)` is done; then everybody is back, posts go on, and nothing
+ * was lost. Gives the residents, and how many posts there were.
+ */
+async function chatThrough(world, count, harm) {
+  const { banter } = world;
+  const founder = await banter.register('founder');
+  const channels = await createChannels(banter, founder.token, 2);
+  const residents = await settle(world, channels, count);
+  const talk = chatter(residents, channels, { pause: 60 });
+  await until('people talk', () => talk.count() >= count, 30_000);
+  await harm(residents);
+  await Promise.all(residents.map((resident) => resident.settled()));
+  const soFar = talk.count();
+  await until('posts go on', () => talk.count() >= soFar + 3 * count, 30_000);
+  const texts = await talk.stop();
+  await Promise.all(residents.map((resident) => resident.settled()));
+  await audit(banter, founder.token, residents, texts);
+  return { residents, posts: talk.count() };
+}
+
+/** Every session was resumed: nobody was told that somebody left. */
+function assertNobodyQuit(residents) {
+  for (const resident of residents) {
+    assert.deepStrictEqual(resident.all('user : quit'), [], `${resident} was told of somebody's end`);
+  }
+}
+
+/** Two people, on the workers 0 and 1, hear each other. Gives them. */
+async function twoPeopleChat(world) {
+  const { banter } = world;
+  const [ann, bob] = await Promise.all([[0, 1, 'polling'], [1, 4, 'websocket']].map(async ([worker, version, transport]) => (
+    world.person('chatter', { localAddress: await banter.addressOfWorker(worker), version, transport })
+  )));
+  const key = banter.key();
+  for (const client of [ann, bob]) await client.join(key);
+  await ann.post(key, 'from worker 0');
+  await bob.waitFor('message:post', (m) => m.message === 'from worker 0' && m.user === ann.name);
+  await bob.post(key, 'from worker 1');
+  await ann.waitFor('message:post', (m) => m.message === 'from worker 1' && m.user === bob.name);
+  return [ann, bob];
+}
+
+module.exports = { chatThrough, assertNobodyQuit, twoPeopleChat, createChannels, history, settle, chatter, everythingHeard, audit };
